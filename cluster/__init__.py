@@ -1,0 +1,1 @@
+"""Where things run and live: Ray session, runners, storage, shard formats, progress, fault policy."""

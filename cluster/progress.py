@@ -1,0 +1,125 @@
+"""Progress that anyone can read from the run directory, and its display.
+
+Workers write one small JSON file per task (``OUT/progress/STAGE/TASK.json``, at most once a second); the driver
+shows them, and so can another process or machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from cluster import storage
+
+console = Console(stderr=False, highlight=False)
+
+
+class ProgressWriter:
+    """Says how far one task is.
+
+    Args:
+        uri: the progress folder of the stage.
+        task: file-safe name of the task.
+        interval_s: shortest time between two writes.
+    """
+
+    def __init__(self, uri: str, task: str, interval_s: float = 1.0):
+        self._uri = storage.join(uri, f"{task}.json")
+        self._interval = interval_s
+        self._last = 0.0
+
+    def update(self, done: float, total: float, message: str = "", force: bool = False, **values: Any) -> None:
+        """Record progress; calls closer than the interval are dropped unless ``force`` or finished."""
+        now = time.monotonic()
+        if not force and done < total and now - self._last < self._interval:
+            return
+        self._last = now
+        storage.write_json(self._uri, {"done": done, "total": total, "message": message, "time": time.time(), **values})
+
+
+def read_progress(uri: str) -> dict[str, dict[str, Any]]:
+    """Task name to its last record."""
+    out = {}
+    for name in storage.list_files(uri, ".json"):
+        with contextlib.suppress(OSError, ValueError):
+            out[name.removesuffix(".json")] = storage.read_json(storage.join(uri, name))
+    return out
+
+
+class StageProgress:
+    """A bar with count, elapsed and remaining time; on a terminal it is live, elsewhere a line now and then."""
+
+    def __init__(self, title: str, total: float, unit: str = ""):
+        self.title, self.total, self.unit = title, total, unit
+        self.done, self.message = 0.0, ""
+        self._start = self._printed = time.monotonic()
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
+                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[message]}"),
+                console=console,
+            )  # fmt: skip
+            self._task = self._bar.add_task(title, total=total, message="")
+
+    def __enter__(self) -> StageProgress:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar:
+            self._bar.stop()
+        elif exc[0] is None:
+            self._line()
+
+    def set(self, done: float, message: str = "") -> None:
+        """Move to ``done``; ``message`` stands beside the bar."""
+        self.done, self.message = done, message or self.message
+        if self._bar:
+            self._bar.update(self._task, completed=done, message=self.message)
+        elif time.monotonic() - self._printed > 10:
+            self._line()
+
+    def advance(self, message: str = "") -> None:
+        """One more done."""
+        self.set(self.done + 1, message)
+
+    def _line(self) -> None:
+        self._printed = now = time.monotonic()
+        spent = now - self._start
+        left = f", {spent / self.done * (self.total - self.done):.0f} s left" if 0 < self.done < self.total else ""
+        count = f"{self.done:g}/{self.total:g} {self.unit}".strip()
+        console.print(f"{self.title:<10} {count}, {spent:.0f} s{left}  {self.message}".rstrip(), soft_wrap=True)
+
+
+@contextlib.contextmanager
+def follow(uri: str, title: str, total: float, unit: str) -> Iterator[None]:
+    """Show the sum of a progress folder while the body blocks (a trainer's ``fit``)."""
+    stop = threading.Event()
+    with StageProgress(title, total, unit) as shown:
+
+        def poll() -> None:
+            while not stop.wait(1.0):
+                shown_update()
+
+        def shown_update() -> None:
+            records = read_progress(uri)
+            if records:
+                latest = max(records.values(), key=lambda r: r["time"])
+                shown.set(sum(r["done"] for r in records.values()), latest["message"])
+
+        thread = threading.Thread(target=poll, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            shown_update()

@@ -1,0 +1,55 @@
+"""What a stage's workers ask for, and the arithmetic that says whether they fit."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Frozen(BaseModel):
+    """Base of every configuration section: unknown keys are refused, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ActorResources(Frozen):
+    """One actor pool.
+
+    Attributes:
+        cpus: CPUs one actor reserves. None: a fraction so that all actors of the pool leave room for a reader.
+        gpus: GPUs one actor reserves; fractions share a device. None: 1 where the cluster has GPUs, else 0.
+        actors: pool size, or [min, max] for a pool that grows and shrinks. None: one per GPU, else one per CPU.
+        threads: torch threads of one actor. Part of what makes float sums come out the same, hence fixed.
+    """
+
+    cpus: float | None = Field(default=None, ge=0)
+    gpus: float | None = Field(default=None, ge=0)
+    actors: int | tuple[int, int] | None = None
+    threads: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> ActorResources:
+        low, high = self.pool or (1, 1)
+        if low < 1 or high < low:
+            raise ValueError("actors must be at least 1, and [min, max] with min ≤ max")
+        return self
+
+    @property
+    def pool(self) -> tuple[int, int] | None:
+        """(min, max) actors, None where left to the cluster's size."""
+        return (self.actors, self.actors) if isinstance(self.actors, int) else self.actors
+
+
+class TrainResources(Frozen):
+    """One Ray Train worker group.
+
+    Attributes:
+        workers: data-parallel workers.
+        cpus: CPUs one worker reserves; 0.5 leaves the rest to Ray's own processes.
+        gpu: one GPU per worker. None: yes where the cluster has GPUs.
+        threads: torch threads of one worker. None: all CPUs of the node divided by the workers.
+    """
+
+    workers: int = Field(default=1, ge=1)
+    cpus: float = Field(default=0.5, ge=0)
+    gpu: bool | None = None
+    threads: int | None = Field(default=None, ge=1)

@@ -1,0 +1,142 @@
+"""Two ways to drive the same stages over the same units: in this process, or as a Ray Data pipeline.
+
+A stage is a callable class ``Stage(**kwargs)`` whose instances map one row to one row. It is built once per actor
+(teachers load there and stay) and commits what it produces itself; what it returns is small. A row is a flat dict
+of strings, numbers and numpy arrays with at least ``id`` (str) and ``error`` (str, empty while all is well).
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from cluster.errors import PrismError
+from cluster.resources import ActorResources
+from cluster.session import cluster_totals
+
+Row = dict[str, Any]
+log = logging.getLogger("prism")
+
+
+@dataclass(frozen=True)
+class ActorStage:
+    """One actor pool of a pipeline.
+
+    Attributes:
+        name: shown by Ray and in messages.
+        factory: callable class, or function that returns a callable; must be importable by the workers.
+        kwargs: paths, ids and options for the factory; never weights or images.
+        resources: of one actor and of the pool.
+    """
+
+    name: str
+    factory: Callable[..., Callable[[Row], Row]]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    resources: ActorResources = ActorResources()
+
+
+class Runner(Protocol):
+    """Drives rows through stages and yields them as they finish, in any order."""
+
+    def __call__(self, rows: list[Row], stages: list[ActorStage]) -> Iterator[Row]:
+        """Rows after the last stage. A row whose stage raised carries the reason in ``error``."""
+        ...
+
+
+class Guarded:
+    """A stage whose failures become rows: one bad unit must not stop the others.
+
+    Errors made for users keep their words; anything else gets its type named and its traceback logged.
+    """
+
+    def __init__(self, stage: ActorStage):
+        torch.set_num_threads(stage.resources.threads)
+        self.name = stage.name
+        self.inner = stage.factory(**stage.kwargs)
+
+    def __call__(self, row: Row) -> Row:
+        """Run the stage on one row; a row that failed before passes through."""
+        if row["error"]:
+            return row
+        try:
+            return self.inner(row)
+        except PrismError as error:
+            reason = str(error)
+        except Exception as error:
+            log.error("%s: unit %s\n%s", self.name, row["id"], traceback.format_exc())
+            reason = f"{type(error).__name__}: {error}"
+        return {"id": row["id"], "error": f"{self.name}: {reason}"}
+
+
+def run_serial(rows: list[Row], stages: list[ActorStage]) -> Iterator[Row]:
+    """Everything in this process, one unit after the other: tests, debugging, Tune trials, reference bytes."""
+    threads = torch.get_num_threads()
+    try:
+        ready = [Guarded(stage) for stage in stages]
+        for row in rows:
+            for index, stage in enumerate(ready):
+                torch.set_num_threads(stages[index].resources.threads)
+                row = stage(row)
+            yield row
+    finally:
+        torch.set_num_threads(threads)
+
+
+def run_ray(rows: list[Row], stages: list[ActorStage]) -> Iterator[Row]:
+    """One Ray Data pipeline: every row is a block of its own, every stage a pool of actors that pull blocks.
+
+    Needs a running session (``cluster.session.ray_session``).
+    """
+    import ray.data
+
+    if not rows:
+        return
+    # from_items, because Parquet sources collapse small files into one block and their readers
+    # starve behind actors that hold the CPUs.
+    data = ray.data.from_items(rows, override_num_blocks=len(rows))
+    for stage, (low, high, cpus, gpus) in zip(stages, fit_pools(stages, len(rows)), strict=True):
+        data = data.map(
+            _named(stage.name),
+            fn_constructor_args=(stage,),
+            compute=ray.data.ActorPoolStrategy(min_size=low, max_size=high),
+            num_cpus=cpus,
+            num_gpus=gpus,
+        )
+    yield from data.iter_rows()
+
+
+def _named(name: str) -> type[Guarded]:
+    """``Guarded`` under the stage's name, which is what Ray's dashboard and messages show."""
+    return type("".join(w.title() for w in name.replace("-", " ").split()), (Guarded,), {})
+
+
+def fit_pools(stages: list[ActorStage], num_rows: int) -> list[tuple[int, int, float, float]]:
+    """(min actors, max actors, CPUs, GPUs of one actor) per stage on the running cluster.
+
+    CPU actors ask for a fraction, such that all pools together leave part of a CPU to Ray's own tasks: a reader
+    must always find one, or the pipeline stands still.
+    """
+    total_cpus, total_gpus = cluster_totals()
+    out = []
+    for stage in stages:
+        wanted = stage.resources
+        gpus = wanted.gpus if wanted.gpus is not None else float(total_gpus > 0)
+        room = int(total_gpus / gpus) if gpus else int(total_cpus // wanted.threads)
+        low, high = wanted.pool or (1, max(1, room))
+        # One actor per row is the most that can work at once.
+        low, high = min(low, num_rows), min(high, num_rows)
+        # GPU actors wait on the device; a CPU share would only bar them from nodes with few CPUs.
+        share = 0.0 if gpus else round(0.9 * total_cpus / (high * len(stages)), 3)
+        cpus = wanted.cpus if wanted.cpus is not None else min(float(wanted.threads), share)
+        out.append((low, high, cpus, gpus))
+    return out
+
+
+def failures(rows: Iterable[Row]) -> list[Row]:
+    """The rows that carry an error."""
+    return [row for row in rows if row["error"]]

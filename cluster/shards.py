@@ -1,0 +1,192 @@
+"""The image shard format, real and distilled alike, and the dataset that a folder of shards forms.
+
+A shard is a Parquet file with the columns ``image`` = struct<bytes: binary, path: string> and ``label`` = int64,
+which is what Hugging Face ``datasets`` writes and reads. Class names stand in the schema metadata, under the
+``huggingface`` key that ``datasets`` understands.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster import storage
+from cluster.errors import UserError
+
+IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+IMAGE_FIELDS: list[pa.Field] = [pa.field("image", IMAGE_TYPE), pa.field("label", pa.int64())]
+RECOVERED_FIELDS: list[pa.Field] = [
+    *IMAGE_FIELDS,
+    pa.field("image_id", pa.int64()),
+    pa.field("ipc", pa.int32()),
+    pa.field("source_id", pa.string()),
+    pa.field("logit_teacher", pa.string()),
+    pa.field("bn_teachers", pa.list_(pa.string())),
+    pa.field("loss_ce", pa.float64()),
+    pa.field("loss_bn", pa.list_(pa.float64())),
+    pa.field("iterations", pa.int32()),
+    pa.field("unit_seed", pa.int64()),
+]
+DATASET_FILE = "dataset.json"
+
+
+def _hf_feature(field: pa.Field, class_names: list[str]) -> dict[str, Any]:
+    if field.name == "image":
+        return {"_type": "Image"}
+    if field.name == "label":
+        return {"names": class_names, "_type": "ClassLabel"}
+    if pa.types.is_list(field.type):
+        return {"feature": {"dtype": _hf_dtype(field.type.value_type), "_type": "Value"}, "_type": "List"}
+    return {"dtype": _hf_dtype(field.type), "_type": "Value"}
+
+
+def _hf_dtype(kind: pa.DataType) -> str:
+    return {"double": "float64", "float": "float32", "halffloat": "float16"}.get(str(kind), str(kind))
+
+
+def image_schema(
+    class_names: list[str], fields: list[pa.Field] = IMAGE_FIELDS, metadata: dict[str, Any] | None = None
+) -> pa.Schema:
+    """Schema of an image shard: columns, class names (order = label), and ``metadata`` as JSON under ``prism``."""
+    features = {f.name: _hf_feature(f, class_names) for f in fields}
+    return pa.schema(
+        fields,
+        metadata={
+            "huggingface": json.dumps({"info": {"features": features}}),
+            "prism": json.dumps({"class_names": class_names, **(metadata or {})}, sort_keys=True),
+        },
+    )
+
+
+def table_bytes(table: pa.Table, **parquet_options: Any) -> bytes:
+    """A table as Parquet file bytes; equal tables give equal bytes."""
+    sink = io.BytesIO()
+    # Encoded images and fp16 logits do not compress; the small columns do not matter.
+    pq.write_table(table, sink, **{"compression": "none", **parquet_options})
+    return sink.getvalue()
+
+
+def write_shard(uri: str, table: pa.Table, **parquet_options: Any) -> int:
+    """Commit a table as one shard, atomically. Returns the file's size in bytes."""
+    data = table_bytes(table, **parquet_options)
+    storage.write_bytes(uri, data)
+    return len(data)
+
+
+def read_shard(uri: str, columns: list[str] | None = None) -> pa.Table:
+    """A shard as a table.
+
+    Raises:
+        UserError: the file is missing or is no Parquet file.
+    """
+    fs, path = storage.resolve(uri)
+    try:
+        with fs.open(path, "rb") as file:
+            return pq.read_table(file, columns=columns)
+    except FileNotFoundError:
+        raise UserError(f"{uri}: no such shard") from None
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{uri}: not a readable Parquet file ({error}); delete it or import the data again") from None
+
+
+def shard_metadata(uri: str) -> dict[str, Any] | None:
+    """The ``prism`` metadata of a shard with ``num_rows`` added; None where the file is no complete shard."""
+    fs, path = storage.resolve(uri)
+    try:
+        with fs.open(path, "rb") as file:
+            footer = pq.read_metadata(file)
+        found = json.loads((footer.metadata or {})[b"prism"])
+    except (OSError, KeyError, ValueError, pa.ArrowException):
+        return None
+    return {**found, "num_rows": footer.num_rows}
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A folder of real image shards with its ``dataset.json``.
+
+    Attributes:
+        uri: the folder.
+        class_names: in label order.
+        channels: 1 or 3.
+        image_size: (height, width) where all images agree, else None.
+        mean, std: per channel, of pixels scaled to [0, 1].
+        shards: (file name, rows), in reading order.
+        class_counts: images per class.
+        fingerprint: sha256 over the shards' names and content hashes.
+    """
+
+    uri: str
+    class_names: list[str]
+    channels: int
+    image_size: tuple[int, int] | None
+    mean: list[float]
+    std: list[float]
+    shards: list[tuple[str, int]]
+    class_counts: list[int]
+    fingerprint: str
+
+    @property
+    def num_images(self) -> int:
+        """Images in all shards."""
+        return sum(rows for _, rows in self.shards)
+
+    def shard_uri(self, index: int) -> str:
+        """URI of shard ``index``."""
+        return storage.join(self.uri, self.shards[index][0])
+
+    def shard_uris(self) -> list[str]:
+        """URIs of all shards in order."""
+        return [self.shard_uri(i) for i in range(len(self.shards))]
+
+
+def fingerprint(hashes: list[tuple[str, str]]) -> str:
+    """Fingerprint of a dataset from (shard name, sha256 of the shard) pairs."""
+    return hashlib.sha256(json.dumps(sorted(hashes)).encode()).hexdigest()
+
+
+def save_dataset(dataset: Dataset) -> None:
+    """Write ``dataset.json``; it is written last, so its presence says that the import is complete."""
+    value = asdict(dataset)
+    del value["uri"]
+    storage.write_json(storage.join(dataset.uri, DATASET_FILE), value)
+
+
+def load_dataset(uri: str, field: str = "data") -> Dataset:
+    """Open a folder of image shards.
+
+    Raises:
+        UserError: missing, or not the product of ``prism import``; names ``field``.
+    """
+    where = storage.join(uri, DATASET_FILE)
+    try:
+        value = storage.read_json(where)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        raise UserError(
+            f"{field}: no imported dataset at {uri} ({DATASET_FILE} is missing); "
+            f"make one with `prism import SRC {uri}`"
+        ) from None
+    except ValueError:
+        raise UserError(f"{field}: {where} is not valid JSON; import the data again") from None
+    try:
+        return Dataset(
+            uri=uri,
+            **{
+                **value,
+                "shards": [(str(n), int(r)) for n, r in value["shards"]],
+                "image_size": tuple(value["image_size"]) if value["image_size"] else None,
+            },
+        )
+    except (KeyError, TypeError):
+        raise UserError(f"{field}: {where} does not describe a dataset; import the data again") from None
+
+
+def labels_of(dataset: Dataset) -> list[list[int]]:
+    """Labels of every shard, in row order (reads the label column alone)."""
+    return [read_shard(u, ["label"])["label"].to_pylist() for u in dataset.shard_uris()]

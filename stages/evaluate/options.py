@@ -1,0 +1,59 @@
+"""Settings of student training."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from cluster.resources import Frozen
+from stages.teachers.options import NetworkSpec
+
+
+class Protocol(Frozen):
+    """How a student is trained.
+
+    Attributes:
+        name: appears in results and file names.
+        loss: ``mse_ce`` = MSE(student, teacher logits) + ce_weight · CE(hard label of the un-mixed image);
+            ``kl`` = KL(teacher ‖ student) at ``temperature``, batch mean, not multiplied by T²; ``ce`` = hard
+            labels alone.
+        optimizer, lr, momentum, weight_decay: weight decay acts on weights alone, not on biases and norms.
+        batch: any, independent of the labels'.
+        schedule: ``cosine``; ``smoothed_cosine`` = ½(1 + cos(πt / (zeta·T))); ``ssrs`` = smoothed cosine up to
+            5/6 of training, then straight to 0 (EDC).
+        zeta: stretch of the last two.
+        ema: decay of averaged weights that are evaluated instead; None = off.
+        val_every: epochs between validations; the last epoch always counts.
+    """
+
+    name: str = Field(default="default", pattern=r"^[A-Za-z0-9_.]+$")
+    loss: Literal["mse_ce", "kl", "ce"] = "mse_ce"
+    ce_weight: float = Field(default=0.1, ge=0)
+    temperature: float = Field(default=20.0, gt=0)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = Field(default=1e-3, gt=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: float = Field(default=0.01, ge=0)
+    batch: int = Field(default=50, ge=2)
+    schedule: Literal["cosine", "smoothed_cosine", "ssrs"] = "ssrs"
+    zeta: float = Field(default=2.5, ge=1)
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    val_every: int = Field(default=10, ge=1)
+
+
+class EvaluateOptions(Frozen):
+    """Which students, how, and against what.
+
+    Attributes:
+        students: name → architecture.
+        seeds: one student each.
+        protocol: how they are trained.
+        baselines: ``random_real`` = random real images, same IPC, same labelling and protocol; ``hard_label`` =
+            the distilled images with their hard labels alone, otherwise the same protocol.
+    """
+
+    students: dict[str, NetworkSpec] = {}
+    seeds: list[int] = [0, 1, 2]
+    protocol: Protocol = Protocol()
+    baselines: list[Literal["random_real", "hard_label"]] = ["random_real", "hard_label"]

@@ -1,0 +1,60 @@
+"""Encoded images to pixels and back."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFile
+
+# A decoder limit against decompression bombs; larger photographs than this are no training images.
+MAX_PIXELS = 64 * 2**20
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+ImageFile.LOAD_TRUNCATED_IMAGES = False
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Decode PNG, JPEG or any other format Pillow reads.
+
+    Raises:
+        ValueError: not an image, truncated, or more than ``MAX_PIXELS`` pixels.
+    """
+    try:
+        image = Image.open(io.BytesIO(data))
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width}×{image.height} pixels exceed the limit of {MAX_PIXELS}")
+        image.load()
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(str(error) or type(error).__name__) from None
+    return image
+
+
+def to_pixels(data: bytes, size: int, channels: int) -> NDArray[np.uint8]:
+    """Decode, resize the shorter side to ``size``, crop the centre.
+
+    Args:
+        data: encoded image.
+        size: side of the result.
+        channels: 3 = RGB, 1 = grey.
+
+    Returns:
+        uint8 [channels, size, size].
+    """
+    image = open_image(data).convert("RGB" if channels == 3 else "L")
+    if image.size != (size, size):
+        scale = size / min(image.size)
+        width, height = max(size, round(image.width * scale)), max(size, round(image.height * scale))
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        left, top = (width - size) // 2, (height - size) // 2
+        image = image.crop((left, top, left + size, top + size))
+    pixels = np.asarray(image, dtype=np.uint8)
+    return pixels[None].copy() if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def encode_png(pixels: NDArray[np.uint8]) -> bytes:
+    """Lossless PNG of uint8 [channels, height, width]; equal pixels give equal bytes."""
+    image = Image.fromarray(pixels[0] if pixels.shape[0] == 1 else pixels.transpose(1, 2, 0))
+    out = io.BytesIO()
+    image.save(out, format="PNG", compress_level=6)
+    return out.getvalue()

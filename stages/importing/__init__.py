@@ -1,0 +1,1 @@
+"""Import: labelled images of any common layout to image shards."""

@@ -1,0 +1,1 @@
+"""Recover: optimise pixels against frozen teachers."""

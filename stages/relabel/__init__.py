@@ -1,0 +1,1 @@
+"""Relabel: soft labels of an ensemble of teachers on augmented, mixed views."""

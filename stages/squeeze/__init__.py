@@ -1,0 +1,1 @@
+"""Squeeze: train the missing teachers on the real data."""

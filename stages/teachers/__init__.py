@@ -1,0 +1,1 @@
+"""Teachers: architectures, weights from anywhere, and the card that describes one."""
