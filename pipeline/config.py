@@ -1,0 +1,160 @@
+"""The configuration of a run: one typed tree, checked before anything starts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from cluster.resources import ActorResources, Frozen, TrainResources
+from cluster.session import SessionOptions
+from stages.evaluate.options import EvaluateOptions
+from stages.recover.options import RecoverOptions
+from stages.relabel.options import RelabelOptions
+from stages.squeeze.options import SqueezeOptions
+from stages.teachers.options import TeacherSpec
+
+# A run directory belongs to what determines its artifacts. These do not: where it lies, what it is called, the
+# machines it ran on, and lists that may grow because each entry has a result file of its own.
+NOT_IDENTITY = [
+    ("name",),
+    ("out",),
+    ("resources",),
+    ("provenance",),
+    ("data", "train"),
+    ("data", "val"),
+    ("squeeze", "cache"),
+    ("evaluate", "students"),
+    ("evaluate", "seeds"),
+    ("evaluate", "baselines"),
+]
+
+
+class DataConfig(Frozen):
+    """The real data.
+
+    Attributes:
+        train, val: folders of image shards, as written by ``prism import``; local or ``s3://``.
+        image_size: side in pixels at which images are distilled; real images are resized (shorter side) and
+            centre-cropped to it.
+        channels: 3 = RGB, 1 = grey.
+        mean, std: per channel for pixels in [0, 1]. None: measured at import.
+        num_classes: needed to plan without data only; checked against the data otherwise.
+        class_names: expected class order; checked against the data. None: the data's.
+    """
+
+    train: str | None = None
+    val: str | None = None
+    image_size: int = Field(ge=8)
+    channels: Literal[1, 3] = 3
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    num_classes: int | None = Field(default=None, ge=2)
+    class_names: list[str] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.channels:
+                raise ValueError(f"{name} has {len(values)} values, but channels = {self.channels}; give one for each")
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError("std must be positive")
+        return self
+
+
+class ResourcesConfig(Frozen):
+    """Where and on how much the stages run. Changing it never changes results, except ``threads``."""
+
+    session: SessionOptions = SessionOptions()
+    squeeze: TrainResources = TrainResources()
+    recover: ActorResources = ActorResources()
+    relabel: ActorResources = ActorResources(actors=1)
+    evaluate: TrainResources = TrainResources()
+    validate_: ActorResources = Field(default=ActorResources(), alias="validate")
+
+
+class Config(Frozen):
+    """A whole run.
+
+    Attributes:
+        name: shown in the report.
+        recipe: defaults to start from (``pipeline/recipes``); also the method's name in results.
+        seed: of every random choice of the run.
+        out: run directory, a local path or ``s3://``.
+        provenance: written to ``run.yaml`` (versions, data fingerprint); ignored when read.
+    """
+
+    name: str = "run"
+    recipe: str = "prism"
+    seed: int = Field(default=0, ge=0)
+    out: str
+    data: DataConfig
+    teachers: dict[str, TeacherSpec]
+    squeeze: SqueezeOptions = SqueezeOptions()
+    recover: RecoverOptions = RecoverOptions()
+    relabel: RelabelOptions = RelabelOptions()
+    evaluate: EvaluateOptions = EvaluateOptions()
+    resources: ResourcesConfig = ResourcesConfig()
+    provenance: dict[str, Any] = {}
+
+    @field_validator("teachers")
+    @classmethod
+    def _teacher_names(cls, value: dict[str, TeacherSpec]) -> dict[str, TeacherSpec]:
+        if not value:
+            raise ValueError("no teacher is defined; name at least one, e.g. teachers: {resnet18: {arch: builtin:resnet18}}")
+        for name in value:
+            if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
+                raise ValueError(f"teacher name {name!r} must be letters, digits, '-', '_' and '.', since it names a folder")
+        return value
+
+    @model_validator(mode="after")
+    def _references(self) -> Config:
+        known = ", ".join(self.teachers)
+        for field, names in (
+            ("recover.logit_teachers", self.recover.logit_teachers),
+            ("recover.bn_teachers", self.recover.bn_teachers),
+            ("relabel.teachers", self.relabel.teachers),
+        ):
+            if not names:
+                raise ValueError(f"{field} is empty; name at least one of: {known}")
+            if len(set(names)) != len(names):
+                raise ValueError(f"{field} names a teacher twice; remove the second")
+            for name in names:
+                if name not in self.teachers:
+                    raise ValueError(f"{field} names {name!r}, which is not under teachers; defined: {known}")
+        recover = self.recover
+        if recover.selection == "round_robin":
+            if recover.logit_teachers != recover.bn_teachers:
+                raise ValueError(
+                    "recover.logit_teachers must equal recover.bn_teachers with selection: round_robin, "
+                    "where one network a step gives both losses"
+                )
+        elif len(recover.logit_teachers) != 1:
+            raise ValueError(
+                f"recover.logit_teachers has {len(recover.logit_teachers)} names; selection: {recover.selection} "
+                "has one primary teacher"
+            )
+        if self.relabel.ensemble == "prior_softmax":
+            lacking = [n for n in self.relabel.teachers if n not in self.relabel.priors]
+            if lacking:
+                raise ValueError(f"relabel.priors lacks {', '.join(lacking)}, which ensemble: prior_softmax needs")
+        if len(set(self.evaluate.seeds)) != len(self.evaluate.seeds):
+            raise ValueError("evaluate.seeds names a seed twice; remove the second")
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """What determines the artifacts of a run directory, as plain values."""
+        value = self.model_dump(mode="json", by_alias=True)
+        for *parents, leaf in NOT_IDENTITY:
+            node = value
+            for parent in parents:
+                node = node[parent]
+            node.pop(leaf)
+        return value
+
+    def sha256(self) -> str:
+        """Hash of ``identity``."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
