@@ -28,6 +28,7 @@ class RecoverOptions(Frozen):
     L = mean over logit teachers of CE + r_bn · (1/|B|) · Σ_{z∈B} L_BN(z), per unit of ``chunk`` images.
 
     Attributes:
+        ipc: images per class.
         logit_teachers: names that give the cross-entropy; PRISM has one, the primary.
         bn_teachers: the pool Z whose BatchNorm statistics are matched.
         selection: ``fixed`` = the whole pool always; ``per_index`` = a subset per IPC index, drawn before
@@ -51,6 +52,7 @@ class RecoverOptions(Frozen):
         precision: of the forward and backward passes.
     """
 
+    ipc: int = Field(default=10, ge=1)
     logit_teachers: list[str] = []
     bn_teachers: list[str] = []
     selection: Literal["fixed", "per_index", "per_step", "round_robin"] = "per_index"
