@@ -1,0 +1,140 @@
+"""Everything that can be known to fail, found in seconds and said in words before any work starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cluster import storage
+from cluster.errors import UserError
+from cluster.shards import Dataset, load_dataset
+from pipeline import rundir
+from pipeline.config import Config
+from stages.data import DataSpec
+from stages.teachers.describe import NetworkFacts, describe_network
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What the checks found out.
+
+    Attributes:
+        train, val: the real data.
+        data: the common image space.
+        networks: teacher → facts of its architecture.
+    """
+
+    train: Dataset
+    val: Dataset
+    data: DataSpec
+    networks: dict[str, NetworkFacts]
+
+
+def check_networks(config: Config, num_classes: int) -> dict[str, NetworkFacts]:
+    """Architectures exist, accept the images, and BN teachers have BatchNorm.
+
+    Raises:
+        UserError: names the teacher or student.
+    """
+    data = config.data
+    facts = {
+        name: describe_network(
+            spec,
+            num_classes=spec.num_outputs or num_classes,
+            channels=data.channels,
+            image_size=spec.input_size or data.image_size,
+            field=f"teachers.{name}",
+        )
+        for name, spec in config.teachers.items()
+    }
+    if not config.recover.allow_null_bn:
+        for name in config.recover.bn_teachers:
+            if not facts[name].bn_channels:
+                raise UserError(
+                    f"recover.bn_teachers: {name} ({config.teachers[name].arch}) has no BatchNorm layer, so it cannot "
+                    "give a BN loss; take it out of the list (recover.allow_null_bn: true reproduces the published "
+                    "arithmetic)"
+                )
+    for name, student in config.evaluate.students.items():
+        describe_network(
+            student,
+            num_classes=num_classes,
+            channels=data.channels,
+            image_size=data.image_size,
+            field=f"evaluate.students.{name}",
+        )
+    return facts
+
+
+def _open(uri: str | None, field: str) -> Dataset:
+    if uri is None:
+        raise UserError(f"{field}: is not given; `prism import SRC DST` makes DST/train and DST/val from your images")
+    return load_dataset(uri, field)
+
+
+def check_data(config: Config) -> tuple[Dataset, Dataset, DataSpec]:
+    """Data is there, agrees with itself and with the configuration, and suffices for the IPC.
+
+    Raises:
+        UserError: names the field.
+    """
+    wanted = config.data
+    train, val = _open(wanted.train, "data.train"), _open(wanted.val, "data.val")
+    if train.class_names != val.class_names:
+        raise UserError(
+            f"data.val: its classes {_some(val.class_names)} are not those of data.train {_some(train.class_names)} in "
+            "the same order; import both splits together"
+        )
+    if wanted.class_names is not None and wanted.class_names != train.class_names:
+        raise UserError(
+            f"data.class_names: {_some(wanted.class_names)} is not the data's class order {_some(train.class_names)}; "
+            "correct or remove the field"
+        )
+    if wanted.num_classes is not None and wanted.num_classes != len(train.class_names):
+        raise UserError(f"data.num_classes: {wanted.num_classes} is given, but data.train has {len(train.class_names)} classes")
+    if wanted.channels == 1 and train.channels == 3:
+        raise UserError("data.channels: 1 is given, but the images are in colour; set it to 3")
+    ipc = config.recover.ipc
+    needs_real = config.recover.init == "real" or "random_real" in config.evaluate.baselines
+    if needs_real and min(train.class_counts) < ipc:
+        index = train.class_counts.index(min(train.class_counts))
+        raise UserError(
+            f"recover.ipc: {ipc} real images per class are needed, but class {train.class_names[index]!r} has "
+            f"{train.class_counts[index]}; lower recover.ipc or use recover.init=noise without the random_real baseline"
+        )
+    # Grey images shown as RGB repeat their one channel.
+    widen = 3 if wanted.channels == 3 and train.channels == 1 else 1
+    spec = DataSpec(
+        image_size=wanted.image_size,
+        channels=wanted.channels,
+        mean=tuple(wanted.mean or train.mean * widen),
+        std=tuple(wanted.std or train.std * widen),
+        class_names=tuple(train.class_names),
+    )
+    return train, val, spec
+
+
+def check_space(config: Config, needed: int) -> None:
+    """The disk of a local run directory holds the planned images and labels.
+
+    Raises:
+        UserError: says how much is needed and free.
+    """
+    free = storage.free_bytes(config.out)
+    if free is not None and needed > free:
+        raise UserError(
+            f"out: {config.out} has {free / 2**30:.1f} GiB free, but the planned images and labels take "
+            f"{needed / 2**30:.1f} GiB; choose a larger disk, fewer relabel.epochs or a smaller recover.ipc"
+        )
+
+
+def preflight(config: Config) -> Ready:
+    """All checks that need no Ray, in seconds; nothing is written."""
+    train, val, data = check_data(config)
+    networks = check_networks(config, data.num_classes)
+    rundir.check_owner(config, train.fingerprint)
+    storage.check_writable(config.out, "out")
+    return Ready(train=train, val=val, data=data, networks=networks)
+
+
+def _some(names: list[str]) -> str:
+    return "[" + ", ".join(names[:4]) + (", …]" if len(names) > 4 else "]")
