@@ -57,20 +57,28 @@ class Guarded:
     def __init__(self, stage: ActorStage):
         torch.set_num_threads(stage.resources.threads)
         self.name = stage.name
-        self.inner = stage.factory(**stage.kwargs)
+        self.inner: Callable[[Row], Row] | None = None
+        # An actor that cannot start would be restarted for ever; its units say why instead.
+        self.broken = self._reason(lambda: setattr(self, "inner", stage.factory(**stage.kwargs)), "start-up")
 
     def __call__(self, row: Row) -> Row:
         """Run the stage on one row; a row that failed before passes through."""
         if row["error"]:
             return row
+        done: list[Row] = []
+        reason = self.broken or self._reason(lambda: done.append(self.inner(row)), row["id"])  # type: ignore[misc]
+        return {"id": row["id"], "error": f"{self.name}: {reason}"} if reason else done[0]
+
+    def _reason(self, action: Callable[[], object], what: str) -> str:
+        """Why ``action`` failed, empty when it did not."""
         try:
-            return self.inner(row)
+            action()
         except PrismError as error:
-            reason = str(error)
+            return str(error)
         except Exception as error:
-            log.error("%s: unit %s\n%s", self.name, row["id"], traceback.format_exc())
-            reason = f"{type(error).__name__}: {error}"
-        return {"id": row["id"], "error": f"{self.name}: {reason}"}
+            log.error("%s: %s\n%s", self.name, what, traceback.format_exc())
+            return f"{type(error).__name__}: {error}"
+        return ""
 
 
 def run_serial(rows: list[Row], stages: list[ActorStage]) -> Iterator[Row]:

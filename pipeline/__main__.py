@@ -1,0 +1,5 @@
+"""``python -m pipeline`` is ``prism``."""
+
+from pipeline.cli import main
+
+main()

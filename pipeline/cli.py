@@ -1,0 +1,157 @@
+"""The ``prism`` command."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+
+from cluster.errors import PrismError, UserError
+from cluster.progress import console
+
+app = typer.Typer(
+    name="prism",
+    help="Distil a labelled image dataset into a few images per class, and measure what they are worth.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="A YAML file, and fields to override: recover.r_bn=0.05"),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Resolve, check and print; run nothing.")]
+Serial = Annotated[bool, typer.Option("--serial", help="In this process, without Ray: for debugging.")]
+
+
+def _split(words: list[str] | None) -> tuple[str | None, list[str]]:
+    words = words or []
+    files = [w for w in words if "=" not in w]
+    if len(files) > 1:
+        raise UserError(f"{files[1]!r} is neither the configuration file ({files[0]}) nor key=value")
+    return (files[0] if files else None), [w for w in words if "=" in w]
+
+
+def _stages(words: list[str] | None, stages: list[str] | None, dry_run: bool, serial: bool) -> None:
+    from pipeline.loading import load_config
+    from pipeline.run import dry_run as show
+    from pipeline.run import execute
+
+    config = load_config(*_split(words))
+    if dry_run:
+        show(config)
+    else:
+        execute(config, stages, serial=serial)
+
+
+@app.command()
+def run(words: Words = None, dry_run: DryRun = False, serial: Serial = False) -> None:
+    """Run every stage whose output is not complete; without CONFIG, the embedded demo."""
+    _stages(words, None, dry_run, serial)
+
+
+@app.command()
+def squeeze(words: Words, dry_run: DryRun = False, serial: Serial = False) -> None:
+    """Train or adopt the teachers."""
+    _stages(words, ["squeeze"], dry_run, serial)
+
+
+@app.command()
+def recover(words: Words, dry_run: DryRun = False, serial: Serial = False) -> None:
+    """Optimise the distilled images."""
+    _stages(words, ["recover"], dry_run, serial)
+
+
+@app.command()
+def relabel(words: Words, dry_run: DryRun = False, serial: Serial = False) -> None:
+    """Label augmented views of the distilled images (and of the baseline's)."""
+    _stages(words, ["relabel"], dry_run, serial)
+
+
+@app.command()
+def evaluate(words: Words, dry_run: DryRun = False, serial: Serial = False) -> None:
+    """Train students on the distilled data and test them on real data."""
+    _stages(words, ["evaluate"], dry_run, serial)
+
+
+@app.command()
+def plan(words: Words) -> None:
+    """Show the work plan and its cost; needs no data and no GPU where data.num_classes is given."""
+    from pipeline.describe import print_plan
+    from pipeline.loading import load_config
+
+    print_plan(load_config(*_split(words)))
+
+
+@app.command("import")
+def import_(
+    src: Annotated[str, typer.Argument(help="Folder tree, CIFAR batches, IDX files or Parquet; local or s3://")],
+    dst: Annotated[str, typer.Argument(help="Where DST/train and DST/val go")],
+    format: Annotated[str, typer.Option(help="auto, imagefolder, cifar, idx or parquet")] = "auto",
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first corrupt image.")] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Turn labelled images into image shards."""
+    from pipeline.importing import run_import
+
+    run_import(src, dst, format=format, strict=strict, dry_run=dry_run)
+
+
+@app.command()
+def init(directory: Annotated[str, typer.Argument(help="Where prism.yaml is written")]) -> None:
+    """Write a commented starter configuration."""
+    from pipeline.starter import write_starter
+
+    console.print(f"wrote {write_starter(directory)}", soft_wrap=True)
+
+
+@app.command()
+def status(out: Annotated[str, typer.Argument(help="A run directory")]) -> None:
+    """Show what a run has done, from its directory alone."""
+    from pipeline.describe import print_status
+
+    print_status(out)
+
+
+@app.command()
+def report(out: Annotated[str, typer.Argument(help="A run directory")]) -> None:
+    """Write report.html again."""
+    from pipeline.report import write_report
+    from pipeline.rundir import read_run
+
+    read_run(out)
+    write_report(out)
+    console.print(f"wrote {out}/report.html", soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point: errors made for users become one sentence and an exit code."""
+    # Ray's and Torch's own warnings are not the user's business; failures reach them as sentences.
+    logging.basicConfig(level=logging.ERROR, format="%(message)s")
+    try:
+        code = app(standalone_mode=False) or 0
+    except PrismError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted: what was finished is kept; run the same command again to resume", file=sys.stderr)
+        code = 1
+    except typer.Abort:
+        code = 1
+    except Exception as error:
+        click_code = getattr(error, "exit_code", None)
+        if click_code is None:
+            raise
+        show = getattr(error, "show", None)
+        if show:
+            show()
+        code = click_code
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

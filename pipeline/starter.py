@@ -1,0 +1,57 @@
+"""``prism init``: a configuration to start from."""
+
+from __future__ import annotations
+
+from cluster import storage
+from cluster.errors import UserError
+
+STARTER = """\
+# Distil your own images. First turn them into shards, then check, then run:
+#   prism import /path/to/images data/mine       a folder per class, or train/ and val/ with a folder per class
+#   prism plan prism.yaml
+#   prism run prism.yaml
+name: mine
+recipe: prism              # prism, prism_published or sre2l
+seed: 0
+out: runs/mine             # local folder or s3://bucket/prefix
+
+data:
+  train: data/mine/train
+  val: data/mine/val
+  image_size: 32           # distilled images have this side; real ones are resized and cropped to it
+  channels: 3              # 1 for grey images
+
+teachers:                  # the first is the primary: it gives the logit loss; all may give the BatchNorm loss
+  resnet18: {arch: "builtin:resnet18", kwargs: {width: 16}}
+  convnet: {arch: "builtin:convnet_d3", kwargs: {width: 64}}
+  mobilenet: {arch: "builtin:mobilenetv2", kwargs: {width_mult: 0.5}}
+  # your own: {arch: "user:mymodels.py:make_net", weights: weights/net.safetensors, key_map: {strip_prefix: "module."}}
+  # from timm: {arch: "timm:resnet18", weights: pretrained, num_outputs: 1000, class_index: {cat: 281, dog: 207}}
+
+squeeze: {epochs: 10, batch: 128, lr: 0.1, crop_padding: 4}   # trains the teachers that have no weights
+
+recover:
+  ipc: 10                  # distilled images per class
+  # r_bn: 0.1              # weight of the BatchNorm loss; the recipe has a value for your image_size
+
+relabel: {epochs: 100}     # label epochs = training epochs of the students
+
+evaluate:
+  students: {resnet18: {arch: "builtin:resnet18"}}
+  seeds: [0, 1, 2]
+  baselines: [random_real, hard_label]
+"""
+
+
+def write_starter(directory: str) -> str:
+    """Write ``DIR/prism.yaml``; an existing one is kept.
+
+    Raises:
+        UserError: it exists, or ``directory`` is not writable.
+    """
+    where = storage.join(directory, "prism.yaml")
+    if storage.exists(where):
+        raise UserError(f"{where}: exists already; choose another folder or edit it")
+    storage.check_writable(directory, "DIR")
+    storage.write_bytes(where, STARTER.encode())
+    return where
