@@ -11,7 +11,7 @@ from stages.recover.options import Crop
 
 
 class Mix(Frozen):
-    """Mixing of two views; λ ~ Beta(alpha, alpha) for each image (in the literature CutMix 1.0, MixUp 0.8)."""
+    """Mixing of two views, λ ~ Beta(alpha, alpha) for each image (commonly CutMix 1.0, MixUp 0.8)."""
 
     kind: Literal["none", "cutmix", "mixup"] = "cutmix"
     alpha: float = Field(default=1.0, gt=0)
@@ -29,9 +29,9 @@ class RelabelOptions(Frozen):
     Attributes:
         teachers: names whose logits are combined; the first is the primary.
         ensemble: ``mean`` of logits; ``frobenius_mean`` = each teacher's batch scaled to the mean Frobenius
-            norm first (G-VBSM, PRISM with ResNet-18); ``primary_half`` = ½ primary + ½ mean of the others, each
-            row rescaled to the batch's mean L2 norm (PRISM with ResNet-50/101); ``prior_softmax`` = weights
-            softmax(prior / 10) (CV-DD).
+            norm first (G-VBSM, PRISM with ResNet-18); ``primary_half`` = ½ primary + ½ mean of the others,
+            each row rescaled to the batch's mean L2 norm (PRISM with ResNet-50/101); ``prior_softmax`` =
+            weights softmax(prior / 10) (CV-DD).
         priors: teacher → prior in percent, for ``prior_softmax``.
         epochs: label epochs = training epochs of the students.
         batch: rows over which the ensemble's norms are taken; students may train with any batch size.
