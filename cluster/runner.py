@@ -133,7 +133,8 @@ def fit_pools(stages: list[ActorStage], num_rows: int) -> list[tuple[int, int, f
     out = []
     for stage in stages:
         wanted = stage.resources
-        gpus = wanted.gpus if wanted.gpus is not None else float(total_gpus > 0)
+        # All pools of a chain work at the same time, so by default they share the devices.
+        gpus = wanted.gpus if wanted.gpus is not None else min(1.0, round(total_gpus / len(stages), 3))
         room = int(total_gpus / gpus) if gpus else int(total_cpus // wanted.threads)
         low, high = wanted.pool or (1, max(1, room))
         # One actor per row is the most that can work at once.
