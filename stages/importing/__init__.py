@@ -1,1 +1,5 @@
-"""Import: labelled images of any common layout to image shards."""
+"""Import: labelled images in the usual formats → image shards."""
+
+from stages.importing.run import ImportReport, SplitReport, import_dataset
+
+__all__ = ["ImportReport", "SplitReport", "import_dataset"]
