@@ -1,0 +1,202 @@
+"""The relabel pipeline: a stage per teacher adds its logits to a row, the last one combines and commits.
+
+Only logits travel between actors. Every teacher stage holds the images and draws the views itself: a view is
+a function of (seed, epoch), while pixels would be many times larger than what they are turned into.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cluster import shards
+from cluster.errors import RunError
+from cluster.resources import ActorResources
+from cluster.runner import ActorStage, Row
+from stages.data import DataSpec
+from stages.imageset import load_image_set
+from stages.relabel.ensemble import combine
+from stages.relabel.options import RelabelOptions
+from stages.relabel.store import shard_uri, write_labels
+from stages.relabel.unit import LabelUnit
+from stages.relabel.views import draw_views, render_views
+from stages.teachers.options import TeacherSpec
+from stages.teachers.teacher import load_teacher
+
+# Images of one forward pass; larger label batches are forwarded in parts, to bound the memory.
+MAX_FORWARD = 256
+
+
+class TeacherStage:
+    """Adds one teacher's logits to a row: ``logits_NAME``, float32 [rows, C].
+
+    Args:
+        name: of the teacher.
+        spec: with ``weights`` set.
+        images_uri: folder of recovered shards.
+        data: image space.
+        options: views and label batch.
+        seed: of the run.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        spec: TeacherSpec,
+        images_uri: str,
+        data: DataSpec,
+        options: RelabelOptions,
+        seed: int,
+    ):
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.name, self.data, self.options, self.seed, self.images_uri = name, data, options, seed, images_uri
+        self.images = load_image_set(images_uri, data).images.to(device)
+        self.teacher = load_teacher(name, spec, data, device)
+
+    def __call__(self, row: Row) -> Row:
+        """Label a unit.
+
+        Raises:
+            RunError: the unit was planned for another number of images, or a logit is not finite.
+        """
+        unit = LabelUnit.model_validate_json(row["unit"])
+        if unit.num_images != len(self.images):
+            raise RunError(
+                f"{self.images_uri}: {len(self.images)} images where the plan has {unit.num_images}; "
+                "run the stage that makes them again"
+            )
+        logits = self.label(unit)
+        if not np.isfinite(logits).all():
+            raise RunError(
+                f"teacher {self.name} gives logits that are not finite; check teachers.{self.name}"
+            )
+        return {**row, _column(self.name): logits}
+
+    @torch.inference_mode()
+    def label(self, unit: LabelUnit) -> NDArray[np.float32]:
+        """Logits [unit.num_rows, C]; every label batch is forwarded alike, whatever unit it is in."""
+        epoch, views, out = -1, None, []
+        for at_epoch, start, stop in unit.batches(self.options.batch):
+            if views is None or at_epoch != epoch:
+                epoch = at_epoch
+                views = draw_views(self.seed, epoch, unit.num_images, self.data.image_size, self.options)
+            ids = views.order[start:stop]
+            for first in range(0, len(ids), MAX_FORWARD):
+                x = render_views(self.images, views, ids[first : first + MAX_FORWARD], self.data)
+                out.append(self.teacher(x).float().cpu().numpy())
+        return np.concatenate(out)
+
+
+class CommitStage:
+    """Combines the teachers' logits of a row and commits its label shard.
+
+    Args:
+        labels_uri: folder of the label shards.
+        data: image space.
+        options: ensemble, views and label batch.
+        seed: of the run.
+        identity: what the labels depend on, in one string; a shard of another identity is redone.
+    """
+
+    def __init__(self, labels_uri: str, data: DataSpec, options: RelabelOptions, seed: int, identity: str):
+        self.labels_uri, self.data, self.options, self.seed = labels_uri, data, options, seed
+        self.metadata: dict[str, Any] = {
+            "class_names": list(data.class_names),
+            "teachers": options.teachers,
+            "ensemble": options.ensemble,
+            "relabel": options.model_dump(mode="json"),
+            "seed": seed,
+            "identity": identity,
+        }
+
+    def __call__(self, row: Row) -> Row:
+        """Commit a unit; returns ``id``, ``error``, ``rows`` and ``bytes``.
+
+        Raises:
+            RunError: a combined logit exceeds the range of fp16.
+        """
+        unit = LabelUnit.model_validate_json(row["unit"])
+        # A copy, because what comes from another actor is read-only memory.
+        teachers = [torch.from_numpy(row[_column(name)].copy()) for name in self.options.teachers]
+        sizes = [stop - start for _, start, stop in unit.batches(self.options.batch)]
+        parts = zip(*(z.split(sizes) for z in teachers), strict=True)
+        logits = torch.cat([combine(part, self.options) for part in parts]).to(torch.float16).numpy()
+        if not np.isfinite(logits).all():
+            raise RunError(
+                f"{unit.id}: combined logits exceed ±65504, the range of fp16; check the teachers' weights"
+            )
+        epochs = range(unit.epoch_start, unit.epoch_stop)
+        size = write_labels(
+            self.labels_uri,
+            unit,
+            [draw_views(self.seed, e, unit.num_images, self.data.image_size, self.options) for e in epochs],
+            logits,
+            self.options.batch,
+            self.metadata,
+        )
+        return {"id": unit.id, "error": "", "rows": unit.num_rows, "bytes": size}
+
+
+def _column(teacher: str) -> str:
+    return f"logits_{teacher}"
+
+
+def relabel_stages(
+    labels_uri: str,
+    images_uri: str,
+    teachers: Mapping[str, TeacherSpec],
+    data: DataSpec,
+    options: RelabelOptions,
+    seed: int,
+    identity: str,
+    resources: ActorResources,
+) -> list[ActorStage]:
+    """The stages of a relabel pipeline, for rows of ``relabel_rows``.
+
+    Args:
+        labels_uri: folder of the label shards to write.
+        images_uri: folder of recovered shards to read, the distilled set or a baseline.
+        teachers: name → specification with ``weights`` set; those of ``options.teachers`` are used.
+        data: image space.
+        options: which teachers label which views.
+        seed: of the run.
+        identity: what the labels depend on, in one string.
+        resources: of each teacher's actors.
+    """
+    common = {"data": data, "options": options, "seed": seed}
+    labelling = [
+        ActorStage(
+            name=f"relabel-{name}",
+            factory=TeacherStage,
+            kwargs={"name": name, "spec": teachers[name], "images_uri": images_uri, **common},
+            resources=resources,
+        )
+        for name in options.teachers
+    ]
+    commit = ActorStage(
+        name="relabel-commit",
+        factory=CommitStage,
+        kwargs={"labels_uri": labels_uri, "identity": identity, **common},
+        # Milliseconds a unit, no device; one actor keeps up with any number of teachers.
+        resources=ActorResources(gpus=0, actors=1, threads=1),
+    )
+    return [*labelling, commit]
+
+
+def relabel_rows(units: Sequence[LabelUnit]) -> list[Row]:
+    """One row per unit."""
+    return [{"id": unit.id, "error": "", "unit": unit.model_dump_json()} for unit in units]
+
+
+def is_committed(labels_uri: str, unit: LabelUnit, identity: str) -> bool:
+    """Whether the unit's shard is whole and was made from the same inputs; reads its footer alone."""
+    found = shards.shard_metadata(shard_uri(labels_uri, unit))
+    return found is not None and (found.get("unit"), found.get("identity"), found["num_rows"]) == (
+        unit.id,
+        identity,
+        unit.num_rows,
+    )
