@@ -15,7 +15,7 @@ from pipeline.preflight import check_networks
 from pipeline.rundir import read_run, read_seconds
 from pipeline.summary import read_results
 from stages.recover.unit import RecoverUnit
-from stages.relabel.store import label_bytes
+from stages.relabel.unit import label_bytes
 from stages.teachers.describe import NetworkFacts
 
 
