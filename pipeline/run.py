@@ -1,0 +1,332 @@
+"""Running the stages in order, each skipped where its output is complete."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from cluster import storage
+from cluster.errors import RunError, UserError
+from cluster.progress import StageProgress, console, read_progress
+from cluster.runner import ActorStage, Row, Runner, run_ray, run_serial
+from cluster.session import ray_session
+from cluster.shards import labels_of
+from pipeline import rundir
+from pipeline.config import Config
+from pipeline.describe import cost, print_plan, results_table
+from pipeline.plan import make_plan, save_plan, with_sources
+from pipeline.preflight import Ready, check_space, preflight
+from pipeline.report import write_report
+from pipeline.summary import read_results, write_summary
+from stages.evaluate.baselines import random_real, random_real_uri
+from stages.evaluate.diversity import diversity_stage
+from stages.evaluate.jobs import HARD_LABEL, StudentJob, plan_jobs
+from stages.evaluate.stage import train_students, validate_students
+from stages.recover import stage as recovery
+from stages.recover.unit import RecoverUnit
+from stages.relabel import stage as relabelling
+from stages.relabel.unit import plan_units
+from stages.squeeze.stage import squeeze_teachers
+from stages.teachers.options import TeacherSpec
+
+DISTILLED, RANDOM_REAL = "distilled", "random_real"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A checked run and the way its stages are driven."""
+
+    config: Config
+    ready: Ready
+    runner: Runner
+    serial: bool
+
+    @property
+    def out(self) -> str:
+        """The run directory."""
+        return self.config.out
+
+    @cached_property
+    def units(self) -> list[RecoverUnit]:
+        """The plan."""
+        return make_plan(self.config, self.ready.data.num_classes)
+
+    @cached_property
+    def identity(self) -> str:
+        """What recovered images and labels are made from: configuration and data."""
+        return f"{self.config.sha256()}-{self.ready.train.fingerprint}"
+
+    @cached_property
+    def teachers(self) -> dict[str, TeacherSpec]:
+        """Specifications with the run's own copy of the weights."""
+        return {
+            name: spec.model_copy(
+                update={
+                    "weights": storage.join(self.out, "teachers", name, "model.safetensors"),
+                    "key_map": type(spec.key_map)(),
+                }
+            )
+            for name, spec in self.config.teachers.items()
+        }
+
+    def images_uri(self, name: str) -> str:
+        """Folder of an image set: the distilled one or a baseline's."""
+        return storage.join(self.out, "recovered") if name == DISTILLED else random_real_uri(self.out)
+
+    def labels_uri(self, name: str) -> str:
+        """Folder of an image set's label shards."""
+        return storage.join(self.out, "labels", name)
+
+    @cached_property
+    def image_sets(self) -> list[str]:
+        """Image sets that are labelled."""
+        return [DISTILLED] + ([RANDOM_REAL] if RANDOM_REAL in self.config.evaluate.baselines else [])
+
+    def drive(self, title: str, rows: list[Row], stages: list[ActorStage], unit: str, total: int) -> list[Row]:
+        """Push rows through stages and show how far they are.
+
+        Args:
+            title, unit: for the progress bar.
+            rows: pending units.
+            stages: of the pipeline.
+            total: of all units; those not pending were done before.
+
+        Raises:
+            RunError: units failed; the rest was finished first.
+        """
+        results = []
+        with StageProgress(title, total, unit) as progress:
+            progress.set(total - len(rows))
+            for row in self.runner(rows, stages) if rows else ():
+                results.append(row)
+                progress.advance(f"failed: {row['id']}" if row["error"] else "")
+        raise_failures(title, results, len(rows))
+        return results
+
+
+def raise_failures(title: str, rows: Sequence[Row], expected: int | None = None) -> None:
+    """Raise what failed, as one error that says how to go on.
+
+    Raises:
+        RunError: some rows carry an error, or rows are missing.
+    """
+    failed = [row for row in rows if row["error"]]
+    if failed:
+        first = "\n".join(f"{row['id']}: {row['error']}" for row in failed[:5])
+        more = f"\n… and {len(failed) - 5} more" if len(failed) > 5 else ""
+        raise RunError(
+            f"{title}: {len(failed)} of {len(rows)} failed, the others are kept; run the same command again to resume\n"
+            f"{first}{more}"
+        )
+    if expected is not None and len(rows) != expected:
+        raise RunError(f"{title}: {expected - len(rows)} of {expected} got lost; run the same command again to resume")
+
+
+def squeeze(run: Run) -> None:
+    """Teachers that are given are checked and copied, the others trained; each ends with a card."""
+    squeeze_teachers(
+        run.out,
+        run.config.teachers,
+        run.ready.data,
+        run.ready.train.uri,
+        run.ready.val.uri,
+        run.config.squeeze,
+        run.config.resources.squeeze,
+        run.config.seed,
+        serial=run.serial,
+    )
+
+
+def recover(run: Run) -> None:
+    """Optimise every unit that is not committed."""
+    config, data = run.config, run.ready.data
+    save_plan(run.out, run.units)
+    units = run.units
+    if config.recover.init == "real":
+        units = with_sources(units, labels_of(run.ready.train), data.num_classes)
+    pending = [u for u in units if not recovery.is_committed(run.out, u, run.identity)]
+    stage = recovery.recover_stage(
+        run.out, run.ready.train.uri, run.teachers, data, config.recover, run.identity, config.resources.recover
+    )
+    run.drive("recover", recovery.recover_rows(pending), [stage], "units", len(units))
+
+
+def relabel(run: Run) -> None:
+    """Label the views of the distilled images, and of the baseline's."""
+    config, data = run.config, run.ready.data
+    units = plan_units(config.recover.ipc * data.num_classes, config.relabel)
+    if RANDOM_REAL in run.image_sets:
+        rows = random_real(
+            run.out, run.ready.train.uri, data, config.recover.ipc, config.seed, config.resources.relabel, run.runner
+        )
+        raise_failures("random_real", rows)
+    for name in run.image_sets:
+        labels = run.labels_uri(name)
+        pending = [u for u in units if not relabelling.is_committed(labels, u, run.identity)]
+        stages = relabelling.relabel_stages(
+            labels,
+            run.images_uri(name),
+            run.teachers,
+            data,
+            config.relabel,
+            config.seed,
+            run.identity,
+            config.resources.relabel,
+        )
+        title = "relabel" if name == DISTILLED else "  baseline"
+        run.drive(title, relabelling.relabel_rows(pending), stages, "shards", len(units))
+
+
+def jobs_of(run: Run) -> list[StudentJob]:
+    """All students of the run: the method's, then the baselines'."""
+    config = run.config
+    methods = {config.recipe: DISTILLED}
+    if RANDOM_REAL in config.evaluate.baselines:
+        methods[RANDOM_REAL] = RANDOM_REAL
+    if HARD_LABEL in config.evaluate.baselines:
+        methods[HARD_LABEL] = DISTILLED
+    return [
+        job
+        for method, images in methods.items()
+        for job in plan_jobs(
+            config.evaluate,
+            method,
+            recipe=config.recipe,
+            images_uri=run.images_uri(images),
+            labels_uri=run.labels_uri(images),
+            epochs=config.relabel.epochs,
+            ipc=config.recover.ipc,
+            inputs_sha=run.identity,
+        )
+    ]
+
+
+def evaluate(run: Run) -> None:
+    """Train every student that has no result and test it on all validation images."""
+    resources = run.config.resources
+    jobs = jobs_of(run)
+    failed = train_students(run.out, jobs, run.ready.data, resources.evaluate, serial=run.serial)
+    rows = validate_students(
+        run.out, jobs, run.ready.data, run.ready.val.uri, resources.validate_, run.runner
+    )
+    raise_failures("evaluate", [*failed, *rows])
+
+
+def report(run: Run) -> dict[str, Any]:
+    """Diversity, ``summary.json`` and ``report.html``."""
+    config = run.config
+    feature_model = config.recover.logit_teachers[0]
+    init = storage.join(run.out, "init")
+    real = init if config.recover.init == "real" else random_real_uri(run.out)
+    sets = {"distilled": run.images_uri(DISTILLED), "real": real}
+    rows: list[Row] = [
+        {"id": key, "error": "", "uri": uri} for key, uri in sets.items() if storage.list_files(uri, ".parquet")
+    ]
+    stage = diversity_stage(
+        feature_model, run.teachers[feature_model], run.ready.data, config.resources.validate_
+    )
+    found = run.drive("diversity", rows, [stage], "sets", len(rows))
+    attempts = [record.get("attempt", 1) for record in read_progress(storage.join(run.out, "progress", "recover")).values()]
+    done = sum(recovery.is_committed(run.out, u, run.identity) for u in run.units)
+    summary = write_summary(
+        config,
+        units={"planned": len(run.units), "done": done, "retried": sum(attempts) - len(attempts)},
+        diversity={"feature_model": feature_model, **{row["id"]: json.loads(row["result"]) for row in found}},
+    )
+    write_report(run.out)
+    return summary
+
+
+STAGES: dict[str, Callable[[Run], object]] = {
+    "squeeze": squeeze,
+    "recover": recover,
+    "relabel": relabel,
+    "evaluate": evaluate,
+    "report": report,
+}
+
+
+def absolute(config: Config) -> Config:
+    """Paths that mean the same in every worker, whatever its working directory."""
+
+    def full(uri: str | None) -> str | None:
+        return storage.resolve(uri)[1] if uri is not None and storage.is_local(uri) else uri
+
+    def teacher(spec: TeacherSpec) -> TeacherSpec:
+        update: dict[str, Any] = {}
+        if spec.weights not in (None, "pretrained"):
+            update["weights"] = full(spec.weights)
+        if spec.arch.startswith("user:") and ".py:" in spec.arch:
+            path, _, factory = spec.arch.removeprefix("user:").rpartition(":")
+            update["arch"] = f"user:{full(path)}:{factory}"
+        return spec.model_copy(update=update)
+
+    data = config.data.model_copy(update={"train": full(config.data.train), "val": full(config.data.val)})
+    return config.model_copy(
+        update={
+            "out": full(config.out),
+            "data": data,
+            "teachers": {name: teacher(spec) for name, spec in config.teachers.items()},
+            "squeeze": config.squeeze.model_copy(update={"cache": full(config.squeeze.cache)}),
+        }
+    )
+
+
+def check(config: Config) -> Ready:
+    """Everything that can be checked before work starts; writes nothing."""
+    ready = preflight(config)
+    found = cost(config, make_plan(config, ready.data.num_classes), ready.networks, ready.data.num_classes)
+    check_space(config, found.image_bytes + found.label_bytes)
+    return ready
+
+
+def dry_run(config: Config) -> None:
+    """Check and show the plan; run nothing."""
+    config = absolute(config)
+    check(config)
+    print_plan(config)
+
+
+def execute(config: Config, stages: Sequence[str] | None = None, *, serial: bool = False) -> None:
+    """Run the stages in order.
+
+    Args:
+        config: of the run.
+        stages: names of ``STAGES``; None = all.
+        serial: in this process, without Ray.
+
+    Raises:
+        UserError: bad input, before any work.
+        RunError: something failed on the way.
+    """
+    config = absolute(config)
+    ready = check(config)
+    names = list(stages or STAGES)
+    _check_inputs(config, names)
+    rundir.claim(config, ready.train.fingerprint)
+    run = Run(config, ready, run_serial if serial else run_ray, serial)
+    with contextlib.nullcontext() if serial else ray_session(config.resources.session):
+        for name in names:
+            with rundir.timed(config.out, name):
+                STAGES[name](run)
+    if "report" in names:
+        console.print(results_table(read_results(config.out)))
+        console.print(f"report: {storage.join(config.out, 'report.html')}", soft_wrap=True)
+
+
+def _check_inputs(config: Config, names: Sequence[str]) -> None:
+    """A single stage needs what the ones before it make."""
+    needs = {
+        "recover": ("squeeze", [f"teachers/{name}/card.json" for name in config.teachers]),
+        "relabel": ("recover", ["plan.parquet", *(f"teachers/{name}/card.json" for name in config.teachers)]),
+        "evaluate": ("relabel", ["plan.parquet", "labels"]),
+    }
+    if len(names) == 1 and names[0] in needs:
+        before, files = needs[names[0]]
+        for file in files:
+            if not storage.exists(storage.join(config.out, file)):
+                raise UserError(f"out: {config.out} lacks {file}; run `prism {before}` with the same configuration first")
