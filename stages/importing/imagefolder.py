@@ -25,9 +25,9 @@ def scan(uri: str, files: dict[str, int]) -> Source:
     """Find splits and classes.
 
     With a folder ``train`` that holds folders, ``train`` and ``val`` (or ``validation``, ``valid``, ``test``;
-    the first of them) are the splits; otherwise every folder is a class of the training split. An image belongs
-    to the class folder it lies in, at whatever depth. Classes are in the order of their sorted folder names,
-    which is also torchvision's.
+    the first of them) are the splits; otherwise every folder is a class of the training split. An image
+    belongs to the class folder it lies in, at whatever depth. Classes are in the order of their sorted folder
+    names, which is also torchvision's.
 
     Raises:
         UserError: images outside a class folder; splits with different classes.

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,6 +13,7 @@ from cluster import shards, storage
 from cluster.errors import RunError, UserError
 from cluster.runner import Row, Runner, failures, run_ray
 from stages.importing.core import ShardRecord
+from stages.importing.describe import WrittenShard, describe_dataset
 from stages.importing.detect import open_source
 from stages.importing.source import Source
 from stages.importing.stage import import_rows, import_stage, shard_name
@@ -81,9 +80,10 @@ def import_dataset(
     """Turn labelled images into image shards.
 
     The training split becomes the dataset ``DST/train``, the validation split (``val``, ``validation``,
-    ``valid`` or ``test``), where there is one, ``DST/val``. Both have the same classes in the same order: that of
-    sorted folder names, or that of the source's own metadata (CIFAR, Parquet). Images are sorted by class, then
-    by name (files) or source order (the rest), so "the i-th image of a class" means the same everywhere.
+    ``valid`` or ``test``), where there is one, ``DST/val``. Both have the same classes in the same order:
+    that of sorted folder names, or that of the source's own metadata (CIFAR, Parquet). Images are sorted by
+    class, then by name (files) or source order (the rest), so "the i-th image of a class" means the same
+    everywhere.
 
     An interrupted import goes on where it was; a finished one is left alone.
 
@@ -160,45 +160,13 @@ def _finish_split(
     """Write ``corrupt.json`` and, last, ``dataset.json`` of a split."""
     uri = storage.join(dst, split)
     keys = sorted(key for key in records if key.startswith(f"{split}-"))
-    names = {key: shard_name(index) for index, key in enumerate(keys)}
-    mine = [records[key] for key in keys]
-    counts: Counter[int] = Counter()
-    for record in mine:
-        counts.update(record.class_counts)
-    channels = 1 if all(record.grey for record in mine if record.rows) else 3
-    sizes = {size for record in mine for size in record.sizes}
-    mean, std = _mean_std(mine)
-    corrupt = [item for record in mine for item in record.corrupt]
+    written = [WrittenShard(shard_name(i), records[key], hashes[key]) for i, key in enumerate(keys)]
+    corrupt = [item for shard in written for item in shard.record.corrupt]
     if corrupt:
         storage.write_json(storage.join(uri, CORRUPT_FILE), [{"name": n, "reason": r} for n, r in corrupt])
-    shards.save_dataset(
-        shards.Dataset(
-            uri=uri,
-            class_names=source.class_names,
-            channels=channels,
-            image_size=sizes.pop() if len(sizes) == 1 else None,
-            mean=mean[:channels],
-            std=std[:channels],
-            # A shard may be empty where all its images were corrupt.
-            shards=[(names[key], records[key].rows) for key in keys if records[key].rows],
-            class_counts=[counts[label] for label in range(len(source.class_names))],
-            fingerprint=shards.fingerprint([(names[key], hashes[key]) for key in keys]),
-        )
-    )
-    return SplitReport(split, uri, sum(record.rows for record in mine), corrupt)
-
-
-def _mean_std(records: list[ShardRecord]) -> tuple[list[float], list[float]]:
-    """Per RGB channel, over all pixels in [0, 1]; from exact sums, hence independent of their order."""
-    pixels = sum(record.pixels for record in records)
-    mean, std = [], []
-    for channel in range(3):
-        first = sum(record.sums[channel] for record in records)
-        second = sum(record.squares[channel] for record in records)
-        mean.append(first / pixels / 255)
-        # n·Σx² − (Σx)² in integers: no cancellation.
-        std.append(math.sqrt(pixels * second - first**2) / pixels / 255)
-    return mean, std
+    dataset = describe_dataset(uri, source.class_names, written)
+    shards.save_dataset(dataset)
+    return SplitReport(split, uri, dataset.num_images, corrupt)
 
 
 def _earlier_report(source: Source, dst: str, digest: str) -> ImportReport | None:
@@ -221,8 +189,8 @@ def _earlier_report(source: Source, dst: str, digest: str) -> ImportReport | Non
         raise UserError(f"DST: {where} is damaged; delete {dst} or choose another folder") from None
     if found.get("digest") != digest:
         raise UserError(
-            f"DST: {dst} already holds another import (from {found.get('src')}; or its files or settings have "
-            "changed since), choose another folder or delete it"
+            f"DST: {dst} already holds another import (from {found.get('src')}, or changed since: "
+            "files, settings); choose another folder or delete it"
         )
     report = found.get("report")
     if report is None or not all(

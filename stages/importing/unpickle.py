@@ -1,8 +1,8 @@
 """Reading CIFAR's pickles without unpickling: no code of the file, or named by the file, ever runs.
 
-The published batches are protocol 2 pickles of a dict of byte strings, lists and one uint8 array. The only names
-that they may mention are those by which numpy arrays and bytes are written, and each of these is replaced by a
-stand-in below that merely records what it is given.
+The published batches are protocol 2 pickles of a dict of byte strings, lists and one uint8 array. The only
+names that they may mention are those by which numpy arrays and bytes are written, and each of these is
+replaced by a stand-in below that merely records what it is given.
 """
 
 from __future__ import annotations
