@@ -207,14 +207,15 @@ class LabelReader:
 
     def _load(self, start: int) -> dict[str, NDArray[Any]]:
         """Columns of the shards whose first epoch is ``start``; the last ones are kept."""
-        if self._loaded is None or self._loaded[0] != start:
-            self._loaded = None
+        loaded = self._loaded
+        if loaded is None or loaded[0] != start:
+            loaded = self._loaded = None  # frees the memory before the next shards are read
             tables = [self._read(name) for name in self._names.get(start, [])]
             if not tables:
                 raise RunError(f"{self.uri}: labels of the first epochs are missing; {AGAIN}")
             table = pa.concat_tables(tables)
-            self._loaded = start, {name: _to_numpy(table[name]) for name in table.column_names}
-        return self._loaded[1]
+            self._loaded = loaded = start, {name: _to_numpy(table[name]) for name in table.column_names}
+        return loaded[1]
 
     def _read(self, name: str) -> pa.Table:
         uri = storage.join(self.uri, name)

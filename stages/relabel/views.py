@@ -15,11 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cluster.rng import generator
+from stages.crops import draw_crops
 from stages.data import DataSpec
 from stages.relabel.options import RelabelOptions
-
-CROP_TRIES = 10
-CROP_RATIO = (3 / 4, 4 / 3)
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ def draw_views(seed: int, epoch: int, num_images: int, size: int, options: Relab
     """
     rng = generator(seed, "views", epoch)
     order = rng.permutation(num_images)
-    crop = _draw_crops(rng, num_images, size, options.crop.min_scale)
+    crop = draw_crops(rng, num_images, size, options.crop.min_scale)
     flip = rng.random(num_images) < 0.5
     lam, box = np.ones(num_images), np.zeros((num_images, 4))
     partner = np.arange(num_images)
@@ -81,27 +79,6 @@ def draw_views(seed: int, epoch: int, num_images: int, size: int, options: Relab
         box=(box / size).astype(np.float32),
         order=order.astype(np.int64),
     )
-
-
-def _draw_crops(rng: np.random.Generator, count: int, size: int, min_scale: float) -> NDArray[np.float64]:
-    """RandomResizedCrop boxes of square images in pixels, [count, 4].
-
-    Area uniform in [min_scale, 1] of the image, aspect ratio log-uniform in [3/4, 4/3], at most ten tries for
-    a box that fits, else the whole image; place uniform.
-    """
-    shape = (CROP_TRIES, count)
-    area = rng.uniform(min_scale, 1, shape) * size**2
-    ratio = np.exp(rng.uniform(np.log(CROP_RATIO[0]), np.log(CROP_RATIO[1]), shape))
-    place = rng.random((2, count))
-    width, height = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
-    fits = (width > 0) & (width <= size) & (height > 0) & (height <= size)
-    first, image = fits.argmax(axis=0), np.arange(count)
-    # A least area of 1 means no crop; nearly square boxes would still fit by rounding.
-    cropped = fits.any(axis=0) & (min_scale < 1)
-    height = np.where(cropped, height[first, image], size)
-    width = np.where(cropped, width[first, image], size)
-    top, left = np.floor(place[0] * (size - height + 1)), np.floor(place[1] * (size - width + 1))
-    return np.stack([top, left, height, width], axis=1)
 
 
 def _draw_boxes(rng: np.random.Generator, lam: NDArray[np.float64], size: int) -> NDArray[np.float64]:
