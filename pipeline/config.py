@@ -153,6 +153,11 @@ class Config(Frozen):
             for parent in parents:
                 node = node[parent]
             node.pop(leaf)
+        for spec in value["teachers"].values():
+            # Files may be moved or mounted elsewhere; what they are called stays part of what was asked for.
+            spec["weights"] = spec["weights"] and spec["weights"].rpartition("/")[2]
+            if spec["arch"].startswith("user:"):
+                spec["arch"] = "user:" + spec["arch"].removeprefix("user:").rpartition("/")[2]
         return value
 
     def sha256(self) -> str:
