@@ -26,14 +26,16 @@ def run_trainer(
 ) -> None:
     """Run ``loop(config)`` on every worker of a ``TorchTrainer`` and wait for it.
 
-    A run of the same ``name`` and ``storage_uri`` that was cut short goes on from its last reported checkpoint
-    (``ray.train.get_checkpoint()``). Worker crashes are retried ``max_failures`` times.
+    A run of the same ``name`` and ``storage_uri`` that was cut short goes on from its last reported
+    checkpoint (``ray.train.get_checkpoint()``).
 
     Args:
-        loop: importable function; called with ``config`` (plain values: paths, ids, options).
+        loop: importable function.
+        config: what it is called with: plain values such as paths, ids and options.
         resources: of the worker group.
         name: of the run, unique under ``storage_uri``.
         storage_uri: folder for checkpoints.
+        max_failures: so often a crashed worker group is started again.
 
     Raises:
         PrismError: the one that ``loop`` raised, in its own words.
@@ -59,24 +61,30 @@ def run_trainer(
             use_gpu=use_gpu,
             resources_per_worker={"CPU": resources.cpus, **({"GPU": 1} if use_gpu else {})},
         ),
+        # Ray would retry a user's mistake like a crash; the attempts below do not.
         run_config=RunConfig(
             name=name,
             storage_path=path,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=max_failures),
+            failure_config=FailureConfig(max_failures=0),
         ),
     )
-    try:
-        trainer.fit()
-    except Exception as error:
-        found = _find_prism_error(error)
-        if found:
-            raise found from None
-        raise RunError(f"{name}: training failed ({_last_line(error)}); run the same command again to resume") from error
+    for attempt in range(max_failures + 1):
+        try:
+            trainer.fit()
+            return
+        except Exception as error:
+            found = _find_prism_error(error)
+            if found:
+                raise found from None
+            if attempt == max_failures:
+                raise RunError(
+                    f"{name}: training failed ({_last_line(error)}); run the same command again to resume"
+                ) from error
 
 
 class _Loop:
-    """The worker's loop with its thread cap; user mistakes are not retried."""
+    """The worker's loop with its thread cap."""
 
     def __init__(self, loop: Callable[[dict[str, Any]], None], threads: int):
         self.loop, self.threads = loop, threads
@@ -101,7 +109,7 @@ def _find_prism_error(error: BaseException) -> PrismError | None:
             return kind(str(item.cause.args[0] if item.cause.args else item.cause))
         if isinstance(item, PrismError):
             return item
-        todo += [getattr(item, "__cause__", None), getattr(item, "__context__", None), getattr(item, "cause", None)]
+        todo += [getattr(item, name, None) for name in ("__cause__", "__context__", "cause")]
         todo += list((getattr(item, "worker_failures", None) or {}).values())
     return None
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, StringConstraints
 
 from cluster.resources import Frozen
 from stages.teachers.options import NetworkSpec
+
+StudentName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+$")]
+"""Appears in results and file names."""
 
 
 class Protocol(Frozen):
@@ -17,11 +20,11 @@ class Protocol(Frozen):
         name: appears in results and file names.
         loss: ``mse_ce`` = MSE(student, teacher logits) + ce_weight · CE(hard label of the un-mixed image);
             ``kl`` = KL(teacher ‖ student) at ``temperature``, batch mean, not multiplied by T²; ``ce`` = hard
-            labels alone.
+            labels alone, of both partners of a mixed view by their shares.
         optimizer, lr, momentum, weight_decay: weight decay acts on weights alone, not on biases and norms.
         batch: any, independent of the labels'.
-        schedule: ``cosine``; ``smoothed_cosine`` = ½(1 + cos(πt / (zeta·T))); ``ssrs`` = smoothed cosine up to
-            5/6 of training, then straight to 0 (EDC).
+        schedule: ``cosine``; ``smoothed_cosine`` = ½(1 + cos(πt / (zeta·T))); ``ssrs`` = smoothed cosine up
+            to 5/6 of training, then straight to 0 (EDC).
         zeta: stretch of the last two.
         ema: decay of averaged weights that are evaluated instead; None = off.
         val_every: epochs between validations; the last epoch always counts.
@@ -49,11 +52,12 @@ class EvaluateOptions(Frozen):
         students: name → architecture.
         seeds: one student each.
         protocol: how they are trained.
-        baselines: ``random_real`` = random real images, same IPC, same labelling and protocol; ``hard_label`` =
-            the distilled images with their hard labels alone, otherwise the same protocol.
+        baselines: ``random_real`` = random real images, same IPC, same labelling and protocol;
+            ``hard_label`` = the distilled images with their hard labels alone (loss ``ce`` on the same
+            views), otherwise the same protocol.
     """
 
-    students: dict[str, NetworkSpec] = {}
+    students: dict[StudentName, NetworkSpec] = {}
     seeds: list[int] = [0, 1, 2]
     protocol: Protocol = Protocol()
     baselines: list[Literal["random_real", "hard_label"]] = ["random_real", "hard_label"]

@@ -49,13 +49,13 @@ def labels_of_epoch(epoch: int) -> EpochLabels:
 def network() -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        return nn.Sequential(
-            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-            nn.Dropout(0.3), nn.Linear(8, CLASSES),
-        )  # fmt: skip
+        head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.3), nn.Linear(8, CLASSES)
+        return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), *head)
 
 
-def training(images: ImageSet, net: nn.Module | None = None, epochs: int = 4, **options: Any) -> StudentTraining:
+def training(
+    images: ImageSet, net: nn.Module | None = None, epochs: int = 4, **options: Any
+) -> StudentTraining:
     protocol = Protocol.model_validate({"batch": 8, "lr": 0.01, **options})
     return StudentTraining(net or network(), images, protocol, DATA, epochs, 7, CPU)
 
@@ -125,7 +125,13 @@ def test_decay_groups_leave_out_biases_and_norms() -> None:
 
 @pytest.mark.parametrize(
     ("count", "batch", "world", "sizes"),
-    [(30, 8, 1, [8, 8, 8, 6]), (25, 8, 1, [8, 8, 8]), (5, 50, 1, [5]), (30, 9, 2, [9, 9, 9]), (32, 14, 2, [14, 14, 4])],
+    [
+        (30, 8, 1, [8, 8, 8, 6]),
+        (25, 8, 1, [8, 8, 8]),
+        (5, 50, 1, [5]),
+        (30, 9, 2, [9, 9, 9]),
+        (32, 14, 2, [14, 14, 4]),
+    ],
 )
 def test_only_single_leftovers_are_dropped(count: int, batch: int, world: int, sizes: list[int]) -> None:
     slices = batch_slices(count, batch, world)

@@ -13,7 +13,10 @@ from stages.evaluate.options import EvaluateOptions, Protocol
 from stages.teachers.options import NetworkSpec
 
 OPTIONS = EvaluateOptions(
-    students={"resnet18": NetworkSpec(arch="builtin:resnet18"), "conv": NetworkSpec(arch="builtin:convnet_d3")},
+    students={
+        "resnet18": NetworkSpec(arch="builtin:resnet18"),
+        "conv": NetworkSpec(arch="builtin:convnet_d3"),
+    },
     seeds=[0, 5],
     protocol=Protocol(name="kl20", loss="kl", val_every=4),
 )
@@ -34,8 +37,11 @@ def jobs(method: str = "prism", **changes: Any) -> list[StudentJob]:
 def test_every_student_with_every_seed_under_a_file_safe_name() -> None:
     ids = [job.id for job in jobs()]
     assert ids == [
-        "prism--resnet18--kl20--s0", "prism--resnet18--kl20--s5", "prism--conv--kl20--s0", "prism--conv--kl20--s5",
-    ]  # fmt: skip
+        "prism--resnet18--kl20--s0",
+        "prism--resnet18--kl20--s5",
+        "prism--conv--kl20--s0",
+        "prism--conv--kl20--s5",
+    ]
     assert all(re.fullmatch(r"[A-Za-z0-9_.-]+", name) for name in ids)
 
 

@@ -63,7 +63,7 @@ def test_kl_is_teacher_to_student_batch_mean_without_t_squared(
 
 
 def test_hard_labels_are_shared_by_lambda(batch: dict[str, np.ndarray]) -> None:
-    own, other = cross_entropy(batch["logits"], batch["labels"]), cross_entropy(batch["logits"], batch["partners"])
+    own, other = (cross_entropy(batch["logits"], batch[k]) for k in ("labels", "partners"))
     expected = (batch["lam"] * own + (1 - batch["lam"]) * other).mean()
     assert measured(batch, loss="ce") == pytest.approx(expected, rel=1e-12)
     batch["lam"][:] = 1

@@ -1,0 +1,97 @@
+"""The students to train: one job each."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from pydantic import Field
+
+from cluster.resources import Frozen
+from stages.evaluate.options import EvaluateOptions, Protocol, StudentName
+from stages.teachers.options import NetworkSpec
+
+HARD_LABEL = "hard_label"
+
+
+class StudentJob(Frozen):
+    """One student of one method with one seed.
+
+    Attributes:
+        method: what made the images and labels; the recipe's name, ``random_real`` or ``hard_label``.
+        recipe: of the run.
+        student: name of the architecture in ``evaluate.students``.
+        network: the architecture.
+        protocol: how it is trained.
+        seed: of its initial weights.
+        images_uri: folder of recovered shards.
+        labels_uri: folder of label shards.
+        epochs: label epochs = training epochs.
+        ipc: images per class.
+        inputs_sha: hash of all that determined images and labels.
+    """
+
+    method: str = Field(pattern=r"^[A-Za-z0-9_.]+$")
+    recipe: str
+    student: StudentName
+    network: NetworkSpec
+    protocol: Protocol
+    seed: int
+    images_uri: str
+    labels_uri: str
+    epochs: int = Field(ge=1)
+    ipc: int = Field(ge=1)
+    inputs_sha: str
+
+    @property
+    def id(self) -> str:
+        """``METHOD--STUDENT--PROTOCOL--sSEED``, safe as a file name."""
+        return f"{self.method}--{self.student}--{self.protocol.name}--s{self.seed}"
+
+    @property
+    def content_sha(self) -> str:
+        """Hash of what the result depends on: everything but the place of the run."""
+        content = self.model_dump(mode="json", exclude={"images_uri", "labels_uri"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def val_epochs(self) -> list[int]:
+        """Epochs (from 1) after which the student is validated."""
+        return [e for e in range(1, self.epochs + 1) if e == self.epochs or e % self.protocol.val_every == 0]
+
+
+def plan_jobs(
+    options: EvaluateOptions,
+    method: str,
+    *,
+    recipe: str,
+    images_uri: str,
+    labels_uri: str,
+    epochs: int,
+    ipc: int,
+    inputs_sha: str,
+) -> list[StudentJob]:
+    """Jobs of one method: every student with every seed.
+
+    The method ``hard_label`` gets the views of the label shards and the loss ``ce``, whatever the protocol's.
+    """
+    protocol = options.protocol
+    if method == HARD_LABEL:
+        protocol = protocol.model_copy(update={"loss": "ce"})
+    return [
+        StudentJob(
+            method=method,
+            recipe=recipe,
+            student=name,
+            network=network,
+            protocol=protocol,
+            seed=seed,
+            images_uri=images_uri,
+            labels_uri=labels_uri,
+            epochs=epochs,
+            ipc=ipc,
+            inputs_sha=inputs_sha,
+        )
+        for name, network in options.students.items()
+        for seed in options.seeds
+    ]

@@ -1,0 +1,203 @@
+"""Training the pending students in one Ray Train worker group, one after the other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from cluster import storage
+from cluster.errors import RunError
+from cluster.progress import ProgressWriter, follow
+from cluster.resources import TrainResources
+from cluster.runner import Row
+from stages.data import DataSpec
+from stages.evaluate.core import ReadEpoch, StudentTraining, new_student, train_student
+from stages.evaluate.jobs import StudentJob
+from stages.evaluate.store import StudentStore
+from stages.imageset import ImageSet, load_image_set
+from stages.relabel.store import EpochLabels, LabelReader
+
+# A state is three times the weights; a kill then loses about a minute.
+STATE_INTERVAL_S = 60.0
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One of the processes that train together.
+
+    Attributes:
+        device: to train on.
+        rank, world: which of how many.
+        wrap: makes a network data-parallel.
+    """
+
+    device: str = "cpu"
+    rank: int = 0
+    world: int = 1
+    wrap: Callable[[nn.Module], nn.Module] = lambda network: network
+
+
+class ReadAhead:
+    """Reads the next epoch while the current one is trained.
+
+    Args:
+        read: reads an epoch.
+        epochs: in all.
+        pool: of one thread.
+    """
+
+    def __init__(self, read: ReadEpoch, epochs: int, pool: ThreadPoolExecutor):
+        self._read, self._epochs, self._pool = read, epochs, pool
+        self._next: dict[int, Future[EpochLabels]] = {}
+
+    def __call__(self, epoch: int) -> EpochLabels:
+        """Labels of an epoch."""
+        current = self._next.pop(epoch, None) or self._pool.submit(self._read, epoch)
+        if epoch + 1 < self._epochs:
+            self._next[epoch + 1] = self._pool.submit(self._read, epoch + 1)
+        return current.result()
+
+
+def train_students(
+    out_uri: str, jobs: list[StudentJob], data: DataSpec, resources: TrainResources, *, serial: bool = False
+) -> list[Row]:
+    """Train the jobs that are not trained yet; what is on storage decides, so a killed run goes on.
+
+    Args:
+        out_uri: the run directory.
+        jobs: all jobs; those trained or evaluated already are skipped.
+        data: image size, normalisation, classes.
+        resources: of the worker group.
+        serial: in this process, without Ray.
+
+    Returns:
+        One row per pending job: ``id``, and ``error`` where it could not be trained.
+
+    Raises:
+        PrismError: nothing could be trained (bad network, unreadable images).
+    """
+    stores = [StudentStore(out_uri, job) for job in jobs]
+    pending = [s.job for s in stores if not s.result() and not s.trained()]
+    if not pending:
+        return []
+    progress_uri = storage.join(out_uri, "progress", "train_students")
+    storage.remove(progress_uri)
+    with follow(progress_uri, "train", sum(job.epochs for job in pending), "epochs"):
+        if serial:
+            train_jobs(out_uri, pending, data, Worker())
+        else:
+            from cluster.training import run_trainer
+
+            config = {
+                "out_uri": out_uri,
+                "jobs": [job.model_dump(mode="json") for job in pending],
+                "data": asdict(data),
+            }
+            ray_uri = storage.join(out_uri, "progress", "ray")
+            run_trainer(train_loop, config, resources, name="students", storage_uri=ray_uri)
+    rows = []
+    for job in pending:
+        store = StudentStore(out_uri, job)
+        reason = store.pop_failed() or ("" if store.trained() else "training ended without it; run again")
+        rows.append({"id": job.id, "error": f"student {job.id}: {reason}" if reason else ""})
+    return rows
+
+
+def train_loop(config: dict[str, Any]) -> None:
+    """What each Ray Train worker runs."""
+    import ray.train
+    import ray.train.torch
+
+    context = ray.train.get_context()
+    world = context.get_world_size()
+    worker = Worker(str(ray.train.torch.get_device()), context.get_world_rank(), world)
+    if world > 1:
+        worker = Worker(worker.device, worker.rank, world, ray.train.torch.prepare_model)
+    jobs = [StudentJob.model_validate(job) for job in config["jobs"]]
+    train_jobs(config["out_uri"], jobs, DataSpec(**config["data"]), worker)
+
+
+def train_jobs(out_uri: str, jobs: list[StudentJob], data: DataSpec, worker: Worker) -> None:
+    """Train jobs one after the other; one whose loss diverges is noted and the others go on."""
+    writer = ProgressWriter(storage.join(out_uri, "progress", "train_students"), "train")
+    total = sum(job.epochs for job in jobs)
+    decoded: tuple[str, ImageSet] | None = None
+    done = 0
+    with ThreadPoolExecutor(1) as pool:
+        for job in jobs:
+            store = StudentStore(out_uri, job)
+            if not store.trained():
+                if decoded is None or decoded[0] != job.images_uri:
+                    decoded = job.images_uri, load_image_set(job.images_uri, data)
+                title = f"{job.method} {job.student} seed {job.seed}"
+
+                def say(epoch: int, before: int = done, job: StudentJob = job, title: str = title) -> None:
+                    if worker.rank == 0:
+                        writer.update(before + epoch, total, f"{title} epoch {epoch}/{job.epochs}")
+
+                try:
+                    train_job(store, decoded[1], data, worker, pool, say)
+                except RunError as error:
+                    if worker.rank == 0:
+                        store.save_failed(str(error))
+            done += job.epochs
+
+
+def train_job(
+    store: StudentStore,
+    images: ImageSet,
+    data: DataSpec,
+    worker: Worker,
+    pool: ThreadPoolExecutor,
+    say: Callable[[int], None],
+) -> None:
+    """Train one student from its last kept state, saving the weights of validated epochs.
+
+    Args:
+        store: of the job.
+        images: what it is trained on.
+        data: normalisation.
+        worker: this process.
+        pool: of one thread, to read labels ahead.
+        say: told every finished epoch.
+
+    Raises:
+        RunError: the loss diverged.
+    """
+    job, device = store.job, torch.device(worker.device)
+    training = StudentTraining(
+        new_student(job.student, job.network, data, job.seed),
+        images,
+        job.protocol,
+        data,
+        job.epochs,
+        job.seed,
+        device,
+        worker.rank,
+        worker.world,
+        worker.wrap,
+    )
+    state = store.load_state(device)
+    seconds = 0.0
+    if state:
+        training.restore(state)
+        seconds = state["seconds"]
+    start = kept = time.monotonic()
+    epochs = ReadAhead(LabelReader(job.labels_uri, data).read_epoch, job.epochs, pool)
+    for _ in train_student(training, epochs):
+        say(training.epoch)
+        if worker.rank != 0 or training.epoch not in job.val_epochs:
+            continue
+        store.save_weights(training.epoch, training.weights())
+        now = time.monotonic()
+        if now - kept > STATE_INTERVAL_S:
+            store.save_state({**training.state(), "seconds": seconds + now - start})
+            kept = now
+    if worker.rank == 0:
+        store.save_trained(training.losses, seconds + time.monotonic() - start)
