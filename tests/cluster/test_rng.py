@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -66,5 +65,5 @@ def test_derived_seeds_suit_torch(key):
 
 def test_known_values():
     # Recorded once: shards made by an earlier version must stay reproducible.
-    assert rng.derive_seed(0, "unit", 3, 7) == pytest.approx(KNOWN_SEED, abs=0)
-    assert rng.generator(42, "demo", "x").integers(0, 1000, 5).tolist() == KNOWN_DRAWS
+    assert rng.derive_seed(0, "unit", 3, 7) == 1275188038193650509
+    assert rng.generator(42, "demo", "x").integers(0, 1000, 5).tolist() == [674, 171, 397, 283, 672]

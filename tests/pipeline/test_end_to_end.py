@@ -1,0 +1,160 @@
+"""A whole run on tiny data: serial, with one and with two actors, killed and resumed; always the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.glob("*.parquet"))}
+
+
+def images_and_labels(out: Path) -> dict[str, dict[str, str]]:
+    return {name: digests(out / name) for name in ("recovered", "init", "labels/distilled", "labels/random_real")}
+
+
+@pytest.fixture(scope="module")
+def squeezed(tmp_path_factory, tiny_data):
+    """Trained teachers, shared by the runs below through the content-addressed cache."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def config(tiny_config, squeezed):
+    def make(out: Path, **sections) -> Path:
+        merged = {"out": str(out), "squeeze": {"cache": str(squeezed)}, **sections}
+        path = tiny_config(**merged)
+        own = path.with_name(f"{out.name}.yaml")
+        own.write_bytes(path.read_bytes())
+        return own
+
+    return make
+
+
+@pytest.fixture
+def serial_run(prism, config, tmp_path):
+    out = tmp_path / "serial"
+    code, text, err = prism("run", config(out), "--serial")
+    assert code == 0, err
+    return out, text
+
+
+def test_serial_run_makes_the_whole_contract(serial_run):
+    out, text = serial_run
+    assert "report.html" in text
+    assert (out / "report.html").stat().st_size > 10_000
+    assert len(pq.read_table(out / "plan.parquet")) == 2
+    assert sorted(p.name for p in (out / "recovered").iterdir()) == [
+        "unit-00000-00000.parquet",
+        "unit-00001-00000.parquet",
+    ]
+    summary = json.loads((out / "summary.json").read_text())
+    assert {r["method"] for r in summary["results"]} == {"prism", "random_real", "hard_label"}
+    assert summary["units"] == {"planned": 2, "done": 2, "retried": 0}
+    assert set(summary["seconds"]) >= {"squeeze", "recover", "relabel", "evaluate"}
+    assert set(summary["diversity"]) == {"feature_model", "distilled", "real"}
+    assert len(summary["diversity"]["distilled"]["per_class"]) == 3
+    assert summary["bytes"]["images"] > 0 < summary["bytes"]["labels"]
+    run = yaml.safe_load((out / "run.yaml").read_text())
+    assert run["provenance"]["versions"]["torch"]
+    card = json.loads((out / "teachers" / "res" / "card.json").read_text())
+    assert card["class_names"] == ["ant", "bee", "cat"]
+
+
+def test_second_run_redoes_nothing_and_run_yaml_is_runnable(prism, serial_run):
+    out, _ = serial_run
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*.parquet") if p.name != "plan.parquet"}
+    code, _, err = prism("run", out / "run.yaml", "--serial")
+    assert code == 0, err
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_status_reads_the_directory_alone(prism, serial_run):
+    code, text, _ = prism("status", serial_run[0])
+    assert code == 0
+    assert "2/2 units" in text
+    assert "res, conv" in text
+
+
+def test_foreign_and_half_written_shards_are_redone(prism, config, serial_run):
+    out, _ = serial_run
+    want = digests(out / "recovered")
+    first, second = sorted((out / "recovered").iterdir())
+    first.write_bytes(first.read_bytes()[:500])
+    other = pq.read_table(second)
+    pq.write_table(other.replace_schema_metadata({"prism": json.dumps({"unit": "someone's"})}), second)
+    code, _, err = prism("recover", out / "run.yaml", "--serial")
+    assert code == 0, err
+    assert digests(out / "recovered") == want
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("actors", [1, 2])
+def test_ray_gives_the_serial_bytes(prism, config, serial_run, tmp_path, ray_local, actors):
+    out = tmp_path / f"actors{actors}"
+    path = config(out, resources={"recover": {"actors": actors}, "relabel": {"actors": actors}})
+    for stage in ("squeeze", "recover", "relabel"):
+        code, _, err = prism(stage, path)
+        assert code == 0, err
+    assert images_and_labels(out) == images_and_labels(serial_run[0])
+
+
+def start(stage: str, path: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline", stage, str(path)],
+        cwd=Path(__file__).resolve().parents[2],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+    )
+
+
+def kill_when(process: subprocess.Popen, ready, timeout: float = 120) -> None:
+    """SIGKILL a driver as soon as ``ready()`` holds."""
+    end = time.monotonic() + timeout
+    while not ready():
+        assert process.poll() is None, f"ended before it could be killed: {process.communicate()[0]}"
+        assert time.monotonic() < end, "nothing was committed in time"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_sigkill_of_the_driver_then_the_same_command(prism, config, tmp_path):
+    sections = {
+        "recover": {"ipc": 6, "chunk": 3, "iterations": 150},
+        "relabel": {"epochs": 64, "batch": 6},
+        "resources": {"recover": {"actors": 1}},
+    }
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for stage in ("squeeze", "recover", "relabel"):
+        code, _, err = prism(stage, config(whole, **sections), "--serial")
+        assert code == 0, err
+
+    path = config(cut, **sections)
+    code, _, err = prism("squeeze", path, "--serial")
+    assert code == 0, err
+    for stage, folder, total in (("recover", "recovered", 6), ("relabel", "labels/distilled", 16)):
+        kill_when(start(stage, path), lambda folder=folder: len(list((cut / folder).glob("*.parquet"))) >= 2)
+        kept = {p: p.stat().st_mtime_ns for p in (cut / folder).glob("*.parquet")}
+        assert 2 <= len(kept) < total
+        again = start(stage, path)
+        text = again.communicate(timeout=300)[0]
+        assert again.returncode == 0, text
+        assert {p: p.stat().st_mtime_ns for p in kept} == kept, "a committed unit ran again"
+        assert digests(cut / folder) == digests(whole / folder)
+    assert images_and_labels(cut) == images_and_labels(whole)
