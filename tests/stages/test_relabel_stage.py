@@ -46,7 +46,7 @@ class Setup:
 
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory) -> Setup:
-    """Two untrained teachers of different families, and 130 structured images in two shards of mixed row order."""
+    """Two untrained teachers of different families, and 130 images in two shards with mixed rows."""
     root = tmp_path_factory.mktemp("relabel")
     rng = np.random.default_rng(0)
     ids = rng.permutation(COUNT)
@@ -73,7 +73,7 @@ def setup(tmp_path_factory) -> Setup:
 
 
 def options(**values) -> RelabelOptions:
-    return RelabelOptions(**{"teachers": list(ARCHS), "epochs": 33, "batch": 50, **values})
+    return RelabelOptions(**{"teachers": list(ARCHS), "epochs": 34, "batch": 50, **values})
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -91,7 +91,7 @@ def labels(setup, tmp_path_factory) -> Path:
     rows = list(run_serial(relabel_rows(plan_units(COUNT, options())), setup.stages(out, options())))
     assert not errors(rows)
     assert {frozenset(row) for row in rows} == {frozenset(["id", "error", "rows", "bytes"])}
-    assert sum(row["rows"] for row in rows) == COUNT * 33
+    assert sum(row["rows"] for row in rows) == COUNT * 34
     return out
 
 
@@ -208,7 +208,7 @@ def test_teacher_that_gives_nan_is_named(setup, tmp_path):
 @pytest.mark.ray
 @pytest.mark.parametrize("actors", [1, 2])
 def test_ray_gives_the_bytes_of_the_serial_runner(setup, labels, tmp_path, ray_local, actors):
-    """Through Ray Data, with arrays of several lengths between the stages and a unit that fails in the first."""
+    """Also with arrays of several lengths between the stages and a unit that fails in the first."""
     wrong = LabelUnit(epoch_start=40, epoch_stop=41, position_start=0, position_stop=50, num_images=COUNT + 1)
     units = plan_units(COUNT, options())
     assert len({u.num_rows for u in units}) == 2
