@@ -1,1 +1,1 @@
-"""Teachers: architectures, weights from anywhere, and the card that describes one."""
+"""Teachers: architectures, weights, and the adapter between the run's data and a network."""

@@ -45,15 +45,19 @@ class TeacherSpec(NetworkSpec):
 
     Attributes:
         weights: local path or ``s3://`` of a safetensors or ``weights_only`` torch file; ``pretrained`` for
-            the ones timm or torchvision name for the architecture; None: trained by ``squeeze``.
+            the ones timm names for the architecture, or torchvision's IMAGENET1K_V1 (which the published methods
+            use); None: trained by ``squeeze``.
         key_map: how the file's names map to the architecture's.
         num_outputs: classes of the network where it knows more than the data's (1000 for ImageNet weights).
         class_index: data class name → output of the network, where the network's classes are not the data's in
             order. Its logits are reduced to the data's classes in the data's order.
         class_names: the network's own class names in output order, checked against the data's.
-        mean, std: per-channel normalisation that the network expects. None: the data's.
-        input_size: side that the network expects; images of another size are resized on the way in. None: the
-            data's.
+        mean, std: per-channel normalisation that the network expects. None: the one its card or the pretrained
+            weights' own configuration states, else the data's.
+        input_size: side that the network expects; images of another size are resized on the way in. None: as
+            with mean.
+        resize: side to which images are resized before their centre of ``input_size`` is cut out. None:
+            ``input_size``, nothing is cut off.
         epochs, lr: override ``squeeze`` for this teacher.
     """
 
@@ -65,6 +69,7 @@ class TeacherSpec(NetworkSpec):
     mean: list[float] | None = None
     std: list[float] | None = None
     input_size: int | None = Field(default=None, ge=8)
+    resize: int | None = Field(default=None, ge=8)
     epochs: int | None = Field(default=None, ge=1)
     lr: float | None = Field(default=None, gt=0)
 
