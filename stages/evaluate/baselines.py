@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +14,8 @@ from cluster.resources import ActorResources
 from cluster.rng import generator
 from cluster.runner import ActorStage, Row, Runner
 from stages.data import DataSpec
-from stages.images import encode_png, to_pixels
+from stages.images import encode_png
+from stages.recover.sources import SourceReader
 
 
 def random_real_uri(out_uri: str) -> str:
@@ -69,44 +69,32 @@ class CopyStage:
 
     def __init__(self, folder: str, dataset_uri: str, data: DataSpec, seed: int, content_sha: str):
         self.folder, self.data, self.seed = folder, data, seed
-        self.dataset = shards.load_dataset(dataset_uri)
-        self.schema = shards.image_schema(
-            list(data.class_names), shards.RECOVERED_FIELDS, {"content_sha": content_sha}
-        )
+        self.reader = SourceReader(shards.load_dataset(dataset_uri), data)
+        metadata = {"content_sha": content_sha}
+        self.schema = shards.image_schema(list(data.class_names), shards.RECOVERED_FIELDS, metadata)
 
     def __call__(self, row: Row) -> Row:
         """``shard``, ``rows`` and ``image_ids`` → the row's id alone."""
-        name, _ = self.dataset.shards[row["shard"]]
-        table = shards.read_shard(self.dataset.shard_uri(row["shard"]), ["image", "label"]).take(row["rows"])
-        source = zip(table["image"].to_pylist(), table["label"].to_pylist(), strict=True)
+        classes = self.data.num_classes
+        ids = [int(image_id) for image_id in row["image_ids"]]
+        sources = [(row["shard"], int(at)) for at in row["rows"]]
+        found = self.reader.read(sources, [image_id % classes for image_id in ids])
         records = [
-            self._record(name, int(at), int(image_id), image, label)
-            for at, image_id, (image, label) in zip(row["rows"], row["image_ids"], source, strict=True)
+            {
+                "image": {"bytes": encode_png(pixels.numpy()), "path": f"{label:05d}/{ipc:05d}.png"},
+                "label": label,
+                "image_id": ipc * classes + label,
+                "ipc": ipc,
+                "source_id": name,
+                "unit_seed": self.seed,
+            }
+            for (ipc, label), pixels, name in zip(
+                (divmod(image_id, classes) for image_id in ids), found.pixels, found.names, strict=True
+            )
         ]
         table = pa.Table.from_pylist(records, schema=self.schema)
         shards.write_shard(storage.join(self.folder, f"{row['id']}.parquet"), table)
         return {"id": row["id"], "error": ""}
-
-    def _record(
-        self, shard: str, row: int, image_id: int, image: dict[str, Any], label: int
-    ) -> dict[str, Any]:
-        try:
-            pixels = to_pixels(image["bytes"], self.data.image_size, self.data.channels)
-        except ValueError as error:
-            raise UserError(
-                f"{shard}: image {image['path']} is unreadable ({error}); import the data again"
-            ) from None
-        return {
-            "image": {"bytes": encode_png(pixels), "path": f"{image_id:07d}.png"},
-            "label": label,
-            "image_id": image_id,
-            "ipc": image_id // self.data.num_classes,
-            "source_id": f"{shard}:{row}",
-            "bn_teachers": [],
-            "loss_bn": [],
-            "iterations": 0,
-            "unit_seed": self.seed,
-        }
 
 
 def random_real(

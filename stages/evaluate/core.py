@@ -27,9 +27,7 @@ ReadEpoch = Callable[[int], EpochLabels]
 
 def new_student(name: str, spec: NetworkSpec, data: DataSpec, seed: int) -> nn.Module:
     """A student with the initial weights of (name, seed), the same for every method it is trained for."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "student", name))
-        return build_network(spec, data.num_classes, data.channels)
+    return build_network(spec, data.num_classes, data.channels, derive_seed(seed, "student", name))
 
 
 def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -165,9 +163,8 @@ class StudentTraining:
         return loss.detach() * len(ids)
 
     def weights(self) -> dict[str, Tensor]:
-        """What is evaluated: the state dict on the CPU, with averaged parameters where EMA is on."""
-        state = {**self.network.state_dict(), **self.average}
-        return {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
+        """What is evaluated: the state dict, with averaged parameters where EMA is on."""
+        return {**self.network.state_dict(), **self.average}
 
     def state(self) -> dict[str, Any]:
         """All that ``restore`` needs to go on with the same numbers; readable with ``weights_only``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cluster.errors import UserError
+from cluster.resources import ActorResources
+from cluster.runner import ActorStage, Row
 from stages.data import DataSpec
-from stages.imageset import ImageSet
-from stages.teachers.teacher import Teacher
+from stages.imageset import ImageSet, load_image_set
+from stages.teachers.options import TeacherSpec
+from stages.teachers.teacher import Teacher, load_teacher
 
 
 def classifier_of(network: nn.Module) -> nn.Module:
@@ -77,20 +81,34 @@ def class_cosine(values: NDArray[np.float64], labels: NDArray[np.int64]) -> dict
     }
 
 
-def diversity(name: str, teacher: Teacher, sets: dict[str, ImageSet], data: DataSpec) -> dict[str, Any]:
-    """The ``diversity`` entry of ``summary.json``.
+class DiversityStage:
+    """Measures one folder of images per row with one teacher.
+
+    Args:
+        name: of the teacher.
+        spec: with its ``weights`` set.
+        data: the run's image space.
+    """
+
+    def __init__(self, name: str, spec: TeacherSpec, data: DataSpec):
+        self.data = data
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.teacher = load_teacher(name, spec, data, device)
+
+    def __call__(self, row: Row) -> Row:
+        """``uri`` of a folder of recovered shards → ``result``, JSON of ``class_cosine``."""
+        images = load_image_set(row["uri"], self.data)
+        result = class_cosine(features(self.teacher, images, self.data), images.labels.numpy())
+        return {"id": row["id"], "error": "", "result": json.dumps(result)}
+
+
+def diversity_stage(name: str, spec: TeacherSpec, data: DataSpec, resources: ActorResources) -> ActorStage:
+    """The stage for a runner.
 
     Args:
         name: of the feature model.
-        teacher: the feature model.
-        sets: what is compared, e.g. ``distilled`` and the ``real`` initial images.
-        data: normalisation.
-
-    Returns:
-        ``feature_model``, and per set ``cosine_mean``, ``cosine_std``, ``per_class``.
+        spec: with its ``weights`` set.
+        data: the run's image space.
+        resources: of the actor pool.
     """
-    measured = {
-        key: class_cosine(features(teacher, images, data), images.labels.numpy())
-        for key, images in sets.items()
-    }
-    return {"feature_model": name, **measured}
+    return ActorStage("diversity", DiversityStage, {"name": name, "spec": spec, "data": data}, resources)

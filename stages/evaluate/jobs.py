@@ -31,7 +31,7 @@ class StudentJob(Frozen):
         inputs_sha: hash of all that determined images and labels.
     """
 
-    method: str = Field(pattern=r"^[A-Za-z0-9_.]+$")
+    method: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     recipe: str
     student: StudentName
     network: NetworkSpec

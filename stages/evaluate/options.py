@@ -21,6 +21,7 @@ class Protocol(Frozen):
         loss: ``mse_ce`` = MSE(student, teacher logits) + ce_weight · CE(hard label of the un-mixed image);
             ``kl`` = KL(teacher ‖ student) at ``temperature``, batch mean, not multiplied by T²; ``ce`` = hard
             labels alone, of both partners of a mixed view by their shares.
+        ce_weight, temperature: weight and temperature in ``loss``.
         optimizer, lr, momentum, weight_decay: weight decay acts on weights alone, not on biases and norms.
         batch: any, independent of the labels'.
         schedule: ``cosine``; ``smoothed_cosine`` = ½(1 + cos(πt / (zeta·T))); ``ssrs`` = smoothed cosine up

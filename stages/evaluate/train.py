@@ -105,7 +105,7 @@ def train_students(
     for job in pending:
         store = StudentStore(out_uri, job)
         reason = store.pop_failed() or ("" if store.trained() else "training ended without it; run again")
-        rows.append({"id": job.id, "error": f"student {job.id}: {reason}" if reason else ""})
+        rows.append({"id": job.id, "error": reason})
     return rows
 
 
@@ -188,6 +188,8 @@ def train_job(
     if state:
         training.restore(state)
         seconds = state["seconds"]
+    elif worker.rank == 0:
+        storage.remove(store.folder)
     start = kept = time.monotonic()
     epochs = ReadAhead(LabelReader(job.labels_uri, data).read_epoch, job.epochs, pool)
     for _ in train_student(training, epochs):

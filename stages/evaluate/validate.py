@@ -76,7 +76,7 @@ class ValidateStage:
         self.fetched: tuple[str, tempfile.TemporaryDirectory[str]] | None = None
 
     def __call__(self, row: Row) -> Row:
-        """``job``, ``shard``, ``start``, ``stop`` → ``images`` and ``counts``, JSON [[epoch, top1, top5], …]."""
+        """``job`` on ``start:stop`` of ``shard`` → ``images`` and ``counts``, JSON of (epoch, top1, top5)."""
         job = self.jobs[row["job"]]
         pixels, labels = self._slice(row["shard"], row["start"], row["stop"])
         network = self._network(job)

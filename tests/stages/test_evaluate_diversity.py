@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cluster.errors import UserError
 from stages.data import DataSpec
-from stages.evaluate.diversity import class_cosine, classifier_of, diversity, features
+from stages.evaluate.diversity import class_cosine, classifier_of, features
 from stages.imageset import ImageSet
 
 DATA = DataSpec(8, 1, (0.2,), (0.3,), ("a", "b", "c"))
@@ -76,13 +76,6 @@ def test_features_are_the_classifiers_input_whatever_the_batch() -> None:
     assert found.dtype == np.float64
     assert found == pytest.approx(expected, abs=1e-6)
     assert not teacher.network[3]._forward_pre_hooks
-
-    report = diversity("r18", teacher, {"distilled": images, "real": images}, DATA)
-    mean, _, per_class = by_loops(expected, images.labels.numpy(), 3)
-    assert report["feature_model"] == "r18"
-    assert report["distilled"] == report["real"]
-    assert report["real"]["cosine_mean"] == pytest.approx(mean, rel=1e-5)
-    assert report["real"]["per_class"] == pytest.approx(per_class, rel=1e-5)
 
 
 def test_convolutional_classifiers_are_averaged_over_positions() -> None:
