@@ -37,7 +37,7 @@ class ActorStage:
     name: str
     factory: Callable[..., Callable[[Row], Row]]
     kwargs: dict[str, Any] = field(default_factory=dict)
-    resources: ActorResources = ActorResources()
+    resources: ActorResources = field(default_factory=ActorResources)
 
 
 class Runner(Protocol):
@@ -106,10 +106,10 @@ def run_ray(rows: list[Row], stages: list[ActorStage]) -> Iterator[Row]:
         return
     # from_items, because Parquet sources collapse small files into one block and their readers
     # starve behind actors that hold the CPUs.
-    data = ray.data.from_items(rows, override_num_blocks=len(rows))
+    data: ray.data.Dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     for stage, (low, high, cpus, gpus) in zip(stages, fit_pools(stages, len(rows)), strict=True):
         data = data.map(
-            _named(stage.name),
+            _named(stage.name),  # type: ignore[arg-type]
             fn_constructor_args=(stage,),
             compute=ray.data.ActorPoolStrategy(min_size=low, max_size=high),
             num_cpus=cpus,

@@ -7,6 +7,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 # Read by Ray at import. A private local session needs no token, and a token file of another
 # cluster in the user's home must not be demanded of it.
@@ -59,7 +60,7 @@ def ray_session(options: SessionOptions) -> Iterator[None]:
     """
     owned = not ray.is_initialized()
     if owned:
-        common = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
+        common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
         if options.address is None:
             ray.init(
                 "local",

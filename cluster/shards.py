@@ -169,8 +169,7 @@ def load_dataset(uri: str, field: str = "data") -> Dataset:
         value = storage.read_json(where)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         raise UserError(
-            f"{field}: no imported dataset at {uri} ({DATASET_FILE} is missing); "
-            f"make one with `prism import SRC {uri}`"
+            f"{field}: no imported dataset at {uri} ({DATASET_FILE} is missing); make one with `prism import SRC {uri}`"
         ) from None
     except ValueError:
         raise UserError(f"{field}: {where} is not valid JSON; import the data again") from None

@@ -98,16 +98,20 @@ class Config(Frozen):
     relabel: RelabelOptions = RelabelOptions()
     evaluate: EvaluateOptions = EvaluateOptions()
     resources: ResourcesConfig = ResourcesConfig()
-    provenance: dict[str, Any] = {}
+    provenance: dict[str, Any] = Field(default={})
 
     @field_validator("teachers")
     @classmethod
     def _teacher_names(cls, value: dict[str, TeacherSpec]) -> dict[str, TeacherSpec]:
         if not value:
-            raise ValueError("no teacher is defined; name at least one, e.g. teachers: {resnet18: {arch: builtin:resnet18}}")
+            raise ValueError(
+                "no teacher is defined; name at least one, e.g. teachers: {resnet18: {arch: builtin:resnet18}}"
+            )
         for name in value:
             if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
-                raise ValueError(f"teacher name {name!r} must be letters, digits, '-', '_' and '.', since it names a folder")
+                raise ValueError(
+                    f"teacher name {name!r} must be letters, digits, '-', '_' and '.', since it names a folder"
+                )
         return value
 
     @model_validator(mode="after")

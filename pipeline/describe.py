@@ -48,7 +48,13 @@ def print_plan(config: Config) -> None:
     networks = check_networks(config, num_classes)
     units = make_plan(config, num_classes)
     table = Table(title=f"{config.name}: recipe {config.recipe}, seed {config.seed}", title_justify="left")
-    for column, justify in (("ipc", "right"), ("units", "right"), ("steps", "right"), ("logit", "left"), ("BN teachers", "left")):
+    for column, justify in (
+        ("ipc", "right"),
+        ("units", "right"),
+        ("steps", "right"),
+        ("logit", "left"),
+        ("BN teachers", "left"),
+    ):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     by_index: dict[int, list[RecoverUnit]] = {}
     for unit in units:
@@ -67,7 +73,10 @@ def print_plan(config: Config) -> None:
         f"{found.steps // chunks:,} a chunk of classes",
         soft_wrap=True,
     )
-    console.print(f"{found.images:,} images of {config.data.image_size} px, about {human(found.image_bytes)}", soft_wrap=True)
+    console.print(
+        f"{found.images:,} images of {config.data.image_size} px, about {human(found.image_bytes)}",
+        soft_wrap=True,
+    )
     console.print(
         f"labels: {config.relabel.epochs} epochs from {', '.join(config.relabel.teachers)}, about {human(found.label_bytes)}",
         soft_wrap=True,
@@ -86,7 +95,9 @@ def print_status(out: str) -> None:
     planned = len(make_plan(config, count))
     done = len(storage.list_files(storage.join(out, "recovered"), ".parquet"))
     teachers = [n for n in config.teachers if storage.exists(storage.join(out, "teachers", n, "card.json"))]
-    labels = {n: len(storage.list_files(storage.join(out, "labels", n), ".parquet")) for n in ("distilled", "random_real")}
+    labels = {
+        n: len(storage.list_files(storage.join(out, "labels", n), ".parquet")) for n in ("distilled", "random_real")
+    }
     results = read_results(out)
     seconds = read_seconds(out)
     console.print(f"{config.name} ({config.recipe}) at {out}", soft_wrap=True)
@@ -97,7 +108,10 @@ def print_status(out: str) -> None:
     for stage in ("squeeze", "recover", "evaluate"):
         for task, record in read_progress(storage.join(out, "progress", stage)).items():
             if record["done"] < record["total"]:
-                console.print(f"  {stage} {task}: {record['done']:g}/{record['total']:g} {record['message']}", soft_wrap=True)
+                console.print(
+                    f"  {stage} {task}: {record['done']:g}/{record['total']:g} {record['message']}",
+                    soft_wrap=True,
+                )
     if seconds:
         console.print("seconds    " + ", ".join(f"{k} {v:.0f}" for k, v in seconds.items()), soft_wrap=True)
 

@@ -129,7 +129,9 @@ def recipe_defaults(name: str, image_size: int) -> dict[str, Any]:
         UserError: no such recipe.
     """
     if name not in recipe_names():
-        raise UserError(f"recipe: {name!r} is unknown{_nearest(str(name), recipe_names())}; shipped: {', '.join(recipe_names())}")
+        raise UserError(
+            f"recipe: {name!r} is unknown{_nearest(str(name), recipe_names())}; shipped: {', '.join(recipe_names())}"
+        )
     value = parse_yaml((RECIPES / f"{name}.yaml").read_text(), f"recipe {name}")
     for entry in value.pop("by_image_size", []):
         if image_size <= entry.pop("max"):
@@ -171,7 +173,11 @@ def demo_config() -> dict[str, Any]:
     """The embedded demo: its data lies in the package."""
     folder = importlib.resources.files("pipeline") / "demo"
     value = parse_yaml((folder / "demo.yaml").read_text(), "demo")
-    value["data"] = {**value["data"], "train": str(folder / "mnist" / "train"), "val": str(folder / "mnist" / "val")}
+    value["data"] = {
+        **value["data"],
+        "train": str(folder / "mnist" / "train"),
+        "val": str(folder / "mnist" / "val"),
+    }
     return dict(value)
 
 

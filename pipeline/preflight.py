@@ -10,7 +10,9 @@ from cluster.shards import Dataset, load_dataset
 from pipeline import rundir
 from pipeline.config import Config
 from stages.data import DataSpec
+from stages.teachers.card import CARD_FILE
 from stages.teachers.describe import NetworkFacts, describe_network
+from stages.teachers.teacher import load_teacher
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,9 @@ def check_data(config: Config) -> tuple[Dataset, Dataset, DataSpec]:
             "correct or remove the field"
         )
     if wanted.num_classes is not None and wanted.num_classes != len(train.class_names):
-        raise UserError(f"data.num_classes: {wanted.num_classes} is given, but data.train has {len(train.class_names)} classes")
+        raise UserError(
+            f"data.num_classes: {wanted.num_classes} is given, but data.train has {len(train.class_names)} classes"
+        )
     if wanted.channels == 1 and train.channels == 3:
         raise UserError("data.channels: 1 is given, but the images are in colour; set it to 3")
     ipc = config.recover.ipc
@@ -113,6 +117,17 @@ def check_data(config: Config) -> tuple[Dataset, Dataset, DataSpec]:
     return train, val, spec
 
 
+def check_weights(config: Config, data: DataSpec) -> None:
+    """Given weights are there, load as plain tensors, and fit their architecture and the data's classes.
+
+    Raises:
+        UserError: names the teacher.
+    """
+    for name, spec in config.teachers.items():
+        if spec.weights is not None and not storage.exists(storage.join(config.out, "teachers", name, CARD_FILE)):
+            load_teacher(name, spec, data)
+
+
 def check_space(config: Config, needed: int) -> None:
     """The disk of a local run directory holds the planned images and labels.
 
@@ -131,6 +146,7 @@ def preflight(config: Config) -> Ready:
     """All checks that need no Ray, in seconds; nothing is written."""
     train, val, data = check_data(config)
     networks = check_networks(config, data.num_classes)
+    check_weights(config, data)
     rundir.check_owner(config, train.fingerprint)
     storage.check_writable(config.out, "out")
     return Ready(train=train, val=val, data=data, networks=networks)

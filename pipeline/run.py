@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+
+from stages.squeeze.stage import squeeze_teachers
 
 from cluster import storage
 from cluster.errors import RunError, UserError
@@ -30,7 +33,7 @@ from stages.recover import stage as recovery
 from stages.recover.unit import RecoverUnit
 from stages.relabel import stage as relabelling
 from stages.relabel.unit import plan_units
-from stages.squeeze.stage import squeeze_teachers
+from stages.teachers.card import read_card
 from stages.teachers.options import TeacherSpec
 
 DISTILLED, RANDOM_REAL = "distilled", "random_real"
@@ -90,9 +93,10 @@ class Run:
         """Push rows through stages and show how far they are.
 
         Args:
-            title, unit: for the progress bar.
+            title: of the progress bar.
             rows: pending units.
             stages: of the pipeline.
+            unit: what is counted.
             total: of all units; those not pending were done before.
 
         Raises:
@@ -139,6 +143,30 @@ def squeeze(run: Run) -> None:
         run.config.seed,
         serial=run.serial,
     )
+    check_accuracy(run)
+
+
+def check_accuracy(run: Run) -> None:
+    """Refuse given teachers that guess: their classes, normalisation or weights are not what the data needs.
+
+    Raises:
+        UserError: names the teacher and its accuracy.
+    """
+    chance = 1 / run.ready.data.num_classes
+    for name, spec in run.config.teachers.items():
+        card = read_card(storage.join(run.out, "teachers", name))
+        if card is None or card.val_top1 is None:
+            continue
+        # Two standard errors above guessing: less cannot be told from it.
+        bar = chance + 2 * math.sqrt(chance * (1 - chance) / card.val_images)
+        if card.val_top1 <= bar:
+            reason = (
+                f"teachers.{name}: top-1 on the validation data is {100 * card.val_top1:.1f} %, no better than "
+                f"guessing ({100 * chance:.1f} %)"
+            )
+            if spec.weights is not None:
+                raise UserError(f"{reason}; check its weights, mean and std, input_size and the order of its classes")
+            console.print(f"warning: {reason}; more squeeze.epochs or another squeeze.lr may help", style="yellow")
 
 
 def recover(run: Run) -> None:
@@ -150,7 +178,13 @@ def recover(run: Run) -> None:
         units = with_sources(units, labels_of(run.ready.train), data.num_classes)
     pending = [u for u in units if not recovery.is_committed(run.out, u, run.identity)]
     stage = recovery.recover_stage(
-        run.out, run.ready.train.uri, run.teachers, data, config.recover, run.identity, config.resources.recover
+        run.out,
+        run.ready.train.uri,
+        run.teachers,
+        data,
+        config.recover,
+        run.identity,
+        config.resources.recover,
     )
     run.drive("recover", recovery.recover_rows(pending), [stage], "units", len(units))
 
@@ -161,7 +195,13 @@ def relabel(run: Run) -> None:
     units = plan_units(config.recover.ipc * data.num_classes, config.relabel)
     if RANDOM_REAL in run.image_sets:
         rows = random_real(
-            run.out, run.ready.train.uri, data, config.recover.ipc, config.seed, config.resources.relabel, run.runner
+            run.out,
+            run.ready.train.uri,
+            data,
+            config.recover.ipc,
+            config.seed,
+            config.resources.relabel,
+            run.runner,
         )
         raise_failures("random_real", rows)
     for name in run.image_sets:
@@ -210,9 +250,7 @@ def evaluate(run: Run) -> None:
     resources = run.config.resources
     jobs = jobs_of(run)
     failed = train_students(run.out, jobs, run.ready.data, resources.evaluate, serial=run.serial)
-    rows = validate_students(
-        run.out, jobs, run.ready.data, run.ready.val.uri, resources.validate_, run.runner
-    )
+    rows = validate_students(run.out, jobs, run.ready.data, run.ready.val.uri, resources.validate_, run.runner)
     raise_failures("evaluate", [*failed, *rows])
 
 
@@ -226,11 +264,11 @@ def report(run: Run) -> dict[str, Any]:
     rows: list[Row] = [
         {"id": key, "error": "", "uri": uri} for key, uri in sets.items() if storage.list_files(uri, ".parquet")
     ]
-    stage = diversity_stage(
-        feature_model, run.teachers[feature_model], run.ready.data, config.resources.validate_
-    )
+    stage = diversity_stage(feature_model, run.teachers[feature_model], run.ready.data, config.resources.validate_)
     found = run.drive("diversity", rows, [stage], "sets", len(rows))
-    attempts = [record.get("attempt", 1) for record in read_progress(storage.join(run.out, "progress", "recover")).values()]
+    attempts = [
+        record.get("attempt", 1) for record in read_progress(storage.join(run.out, "progress", "recover")).values()
+    ]
     done = sum(recovery.is_committed(run.out, u, run.identity) for u in run.units)
     summary = write_summary(
         config,
@@ -329,4 +367,6 @@ def _check_inputs(config: Config, names: Sequence[str]) -> None:
         before, files = needs[names[0]]
         for file in files:
             if not storage.exists(storage.join(config.out, file)):
-                raise UserError(f"out: {config.out} lacks {file}; run `prism {before}` with the same configuration first")
+                raise UserError(
+                    f"out: {config.out} lacks {file}; run `prism {before}` with the same configuration first"
+                )

@@ -51,7 +51,9 @@ def check_owner(config: Config, fingerprint: str) -> None:
     if not storage.exists(where):
         # Shards without their run.yaml are of unknown origin; mixing with them would be worse than stopping.
         if storage.list_files(storage.join(config.out, "recovered")):
-            raise UserError(f"out: {config.out} holds images but no {RUN_FILE}; choose another out or delete that folder")
+            raise UserError(
+                f"out: {config.out} holds images but no {RUN_FILE}; choose another out or delete that folder"
+            )
         return
     found = read_run(config.out)
     changed = _differences(found.identity(), config.identity())
@@ -60,7 +62,9 @@ def check_owner(config: Config, fingerprint: str) -> None:
         changed.append("the data (other images than the run was made from)")
     if changed:
         names = ", ".join(changed[:6]) + (" …" if len(changed) > 6 else "")
-        raise UserError(f"out: {config.out} holds a run of another configuration; it differs in {names}; choose another out")
+        raise UserError(
+            f"out: {config.out} holds a run of another configuration; it differs in {names}; choose another out"
+        )
 
 
 def claim(config: Config, fingerprint: str) -> None:

@@ -38,6 +38,4 @@ def test_head_runs_no_work_and_is_not_open(cluster):
 def test_workers_are_spot_and_start_at_zero(cluster):
     workers = {k: v for k, v in cluster["available_node_types"].items() if k != cluster["head_node_type"]}
     assert all(w["min_workers"] == 0 for w in workers.values())
-    assert any(
-        w["node_config"].get("InstanceMarketOptions", {}).get("MarketType") == "spot" for w in workers.values()
-    )
+    assert any(w["node_config"].get("InstanceMarketOptions", {}).get("MarketType") == "spot" for w in workers.values())

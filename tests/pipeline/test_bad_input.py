@@ -111,7 +111,10 @@ def test_class_order_of_a_teacher(prism, tiny_config, tmp_path):
     path = tmp_path / "w.safetensors"
     save_file(network().state_dict(), path)
     refused(
-        prism("run", tiny_config(**given(path, class_names=["cat", "bee", "ant"]))), "teachers.conv", "cat", "class_index"
+        prism("run", tiny_config(**given(path, class_names=["cat", "bee", "ant"]))),
+        "teachers.conv",
+        "cat",
+        "class_index",
     )
     assert nothing_written(tmp_path)
 

@@ -114,7 +114,11 @@ def test_missing_required_fields_are_named():
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("a: [1", "not valid YAML"), ("a: 1\na: 2", "given twice"), ("a: !!python/object:os.system {}", "not valid YAML")],
+    [
+        ("a: [1", "not valid YAML"),
+        ("a: 1\na: 2", "given twice"),
+        ("a: !!python/object:os.system {}", "not valid YAML"),
+    ],
 )
 def test_yaml_is_data_only(text, words):
     with pytest.raises(UserError, match=words):

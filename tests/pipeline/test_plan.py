@@ -31,7 +31,18 @@ def test_imagenet_example_is_the_published_plan():
     config = load_config("examples/imagenet1k.yaml")
     units = make_plan(config, 1000)
     assert len(units) == 100
-    assert [u.iterations for u in units if u.chunk == 0] == [4000, 3500, 3000, 2500, 2000, 1500, 1000, 500, 4000, 3500]
+    assert [u.iterations for u in units if u.chunk == 0] == [
+        4000,
+        3500,
+        3000,
+        2500,
+        2000,
+        1500,
+        1000,
+        500,
+        4000,
+        3500,
+    ]
     assert sum(u.iterations for u in units if u.chunk == 3) == 25_500
     assert all(len(u.classes) == 100 for u in units)
     assert list(config.teachers) == ZOO
@@ -99,7 +110,14 @@ def test_sources_are_the_ith_images_in_data_order():
     labels = [[0, 0, 1], [1, 2, 2, 2]]
     units = with_sources(make_plan(config, 3), labels, 3)
     found = {(u.ipc, c): s for u in units for c, s in zip(u.classes, u.sources, strict=True)}
-    assert found == {(0, 0): (0, 0), (1, 0): (0, 1), (0, 1): (0, 2), (1, 1): (1, 0), (0, 2): (1, 1), (1, 2): (1, 2)}
+    assert found == {
+        (0, 0): (0, 0),
+        (1, 0): (0, 1),
+        (0, 1): (0, 2),
+        (1, 1): (1, 0),
+        (0, 2): (1, 1),
+        (1, 2): (1, 2),
+    }
 
 
 def test_plan_file_has_a_row_per_unit(tmp_path):
