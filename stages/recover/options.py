@@ -38,6 +38,7 @@ class RecoverOptions(Frozen):
         max_bn_teachers: slots; the first holds the primary where it is in the pool.
         first_bn_multiplier: weight a of each network's first BN layer.
         var_weight: weight of the variance term (DWA), 1 in the others.
+        r_bn: weight of the BN loss.
         allow_null_bn: accept BN teachers without BatchNorm; they add 0 and count in the divisor, which is what
             the published PRISM code does with AlexNet.
         batch: ``cross_class`` = a unit holds one image of each of ``chunk`` classes at one IPC index.

@@ -13,8 +13,8 @@ class SqueezeOptions(Frozen):
     """Supervised training of the teachers that have no weights.
 
     Attributes:
-        epochs, batch, lr, momentum, weight_decay, warmup_epochs: SGD with Nesterov momentum or AdamW, cosine to
-            0 after a linear warm-up; ``lr`` is for ``batch``.
+        epochs, batch, optimizer, lr, momentum, weight_decay, warmup_epochs: SGD with Nesterov momentum or AdamW,
+            cosine to 0 after a linear warm-up; ``lr`` is for ``batch``.
         label_smoothing: of the cross-entropy.
         crop_padding: random crop after reflecting so many pixels on each side (small images).
         crop_min_scale: RandomResizedCrop's least area instead (large images); exclusive with crop_padding.
