@@ -78,7 +78,8 @@ def print_plan(config: Config) -> None:
         soft_wrap=True,
     )
     console.print(
-        f"labels: {config.relabel.epochs} epochs from {', '.join(config.relabel.teachers)}, about {human(found.label_bytes)}",
+        f"labels: {config.relabel.epochs} epochs from {', '.join(config.relabel.teachers)}, "
+        f"about {human(found.label_bytes)}",
         soft_wrap=True,
     )
     console.print(

@@ -35,22 +35,40 @@ def nothing_written(tmp_path):
     [
         pytest.param({"recover": {"itterations": 3}}, ["recover.itterations", "iterations"], id="misspelt key"),
         pytest.param({"recover": {"iterations": "many"}}, ["recover.iterations", "'many'", "integer"], id="wrong type"),
-        pytest.param({"data": {"train": "no/such/folder"}}, ["data.train", "no/such/folder", "prism import"], id="missing data"),
+        pytest.param(
+            {"data": {"train": "no/such/folder"}}, ["data.train", "no/such/folder", "prism import"], id="missing data"
+        ),
         pytest.param({"out": "/proc/nowhere"}, ["out", "/proc/nowhere", "not writable"], id="unwritable out"),
-        pytest.param({"data": {"num_classes": 7}}, ["data.num_classes", "7", "3 classes"], id="class count of the data"),
-        pytest.param({"data": {"class_names": ["bee", "ant", "cat"]}}, ["data.class_names", "bee", "order"], id="class order"),
+        pytest.param(
+            {"data": {"num_classes": 7}}, ["data.num_classes", "7", "3 classes"], id="class count of the data"
+        ),
+        pytest.param(
+            {"data": {"class_names": ["bee", "ant", "cat"]}}, ["data.class_names", "bee", "order"], id="class order"
+        ),
         pytest.param(
             {"teachers": {"conv": {"arch": "timm:vgg11", "kwargs": {}}}},
             ["conv", "no BatchNorm"],
             id="BN teacher without BatchNorm",
         ),
         pytest.param({"recover": {"ipc": 30}}, ["recover.ipc", "30", "24", "'ant'"], id="fewer images than IPC"),
-        pytest.param({"teachers": {"conv": {"arch": "builtin:convnet_d4"}}}, ["teachers.conv", "convnet_d3"], id="unknown network"),
-        pytest.param({"teachers": {"conv": {"arch": "timm:resnt18", "kwargs": {}}}}, ["teachers.conv", "resnt18", "resnet18"], id="unknown timm"),
-        pytest.param({"teachers": {"conv": {"kwargs": {"widht": 8}}}}, ["teachers.conv", "widht"], id="unknown kwarg"),
-        pytest.param({"teachers": {"conv": {"num_outputs": 5}}}, ["teachers.conv", "5", "3"], id="class count of the teacher"),
         pytest.param(
-            {"teachers": {"conv": {"weights": "no/such.safetensors"}}}, ["teachers.conv", "no/such.safetensors"], id="missing weights"
+            {"teachers": {"conv": {"arch": "builtin:convnet_d4"}}},
+            ["teachers.conv", "convnet_d3"],
+            id="unknown network",
+        ),
+        pytest.param(
+            {"teachers": {"conv": {"arch": "timm:resnt18", "kwargs": {}}}},
+            ["teachers.conv", "resnt18", "resnet18"],
+            id="unknown timm",
+        ),
+        pytest.param({"teachers": {"conv": {"kwargs": {"widht": 8}}}}, ["teachers.conv", "widht"], id="unknown kwarg"),
+        pytest.param(
+            {"teachers": {"conv": {"num_outputs": 5}}}, ["teachers.conv", "5", "3"], id="class count of the teacher"
+        ),
+        pytest.param(
+            {"teachers": {"conv": {"weights": "no/such.safetensors"}}},
+            ["teachers.conv", "no/such.safetensors"],
+            id="missing weights",
         ),
         pytest.param(
             {"data": {"image_size": 8}, "teachers": {"conv": {"arch": "torchvision:inception_v3", "kwargs": {}}}},
@@ -58,7 +76,7 @@ def nothing_written(tmp_path):
             id="image size that does not fit",
         ),
     ],
-)  # fmt: skip
+)
 def test_configuration(prism, tiny_config, tmp_path, sections, words):
     start = time.monotonic()
     refused(prism("run", tiny_config(**sections)), *words)
@@ -187,7 +205,7 @@ def test_dry_run_checks_and_writes_nothing(prism, tiny_config, tmp_path):
 
 
 def test_init_keeps_what_is_there(prism, tmp_path):
-    code, out, _ = prism("init", tmp_path)
+    code, _, _ = prism("init", tmp_path)
     assert code == 0
     assert yaml.safe_load((tmp_path / "prism.yaml").read_text())["recipe"] == "prism"
     refused(prism("init", tmp_path), "prism.yaml", "exists")
