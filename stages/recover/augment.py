@@ -1,8 +1,8 @@
 """The augmentation of a recovery step: RandomResizedCrop, then flip, then circular shift.
 
-All three only move samples along rows and columns, so one step is two small matrix products, A_y · image · A_xᵀ:
-differentiable, the same for one view of the whole batch and for one view an image, and, unlike the backward pass
-of ``interpolate`` and ``gather`` on GPUs, with the same sums in the same order every time.
+All three only move samples along rows and columns, so one step is two small matrix products, A_y · image ·
+A_xᵀ: the same code for one view of the whole batch and for one view an image, and, unlike the backward passes of
+``interpolate`` and ``gather`` on GPUs, the same sums in the same order every time.
 """
 
 from __future__ import annotations
