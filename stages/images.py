@@ -6,7 +6,7 @@ import io
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 # A decoder limit against decompression bombs; larger photographs than this are no training images.
 MAX_PIXELS = 64 * 2**20
@@ -25,7 +25,11 @@ def open_image(data: bytes) -> Image.Image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width}×{image.height} pixels exceed the limit of {MAX_PIXELS}")
         image.load()
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except UnidentifiedImageError:
+        # Its own words name a memory address, which would differ from run to run.
+        raise ValueError("not an image of a known format") from None
+    except Exception as error:
+        # Decoders raise anything at all on damaged data: OSError, SyntaxError, struct.error, IndexError, …
         raise ValueError(str(error) or type(error).__name__) from None
     return image
 

@@ -36,9 +36,7 @@ def scan(uri: str, files: dict[str, int]) -> Source:
     """
     found = find(files)
     if found is None:
-        raise UserError(
-            f"SRC: no CIFAR python batches at {uri} (batches.meta and data_batch_1, or meta and train)"
-        )
+        raise UserError(f"SRC: no CIFAR python batches at {uri} (batches.meta and data_batch_1, or meta and train)")
     folder, (meta, names_key, label_key, prefixes) = found
     class_names = read_batch(read_file(uri, folder + meta), folder + meta).get(names_key)
     if not isinstance(class_names, list) or not all(isinstance(n, str) for n in class_names):
@@ -57,9 +55,7 @@ def scan(uri: str, files: dict[str, int]) -> Source:
             if not isinstance(found_labels, list) or len(found_labels) != len(batch["data"]):
                 raise UserError(f"SRC: {name} of {uri} has no {label_key} for each image; download it again")
             if not all(isinstance(y, int) and 0 <= y < len(class_names) for y in found_labels):
-                raise UserError(
-                    f"SRC: {name} of {uri} has labels outside the {len(class_names)} classes of {meta}"
-                )
+                raise UserError(f"SRC: {name} of {uri} has labels outside the {len(class_names)} classes of {meta}")
             keys += [f"{name}/{row:05d}" for row in range(len(found_labels))]
             labels += found_labels
             used[name] = files[name]

@@ -38,20 +38,15 @@ def scan(uri: str, files: dict[str, int]) -> Source:
             continue
         split = "train" if match["split"] == "train" else "val"
         if split in found:
-            raise UserError(
-                f"SRC: {uri} holds two {split} files ({found[split][0]} and {name}); keep one of them"
-            )
+            raise UserError(f"SRC: {uri} holds two {split} files ({found[split][0]} and {name}); keep one of them")
         labels_name = next((n for n in _labels_names(name) if n in files), None)
         if labels_name is None:
-            raise UserError(
-                f"SRC: {uri} lacks the labels of {name} ({_labels_names(name)[0]}); put them beside it"
-            )
+            raise UserError(f"SRC: {uri} lacks the labels of {name} ({_labels_names(name)[0]}); put them beside it")
         labels = _read(uri, labels_name, dims=1)
         images = _read(uri, name, dims=3)
         if len(labels) != len(images):
             raise UserError(
-                f"SRC: {name} holds {len(images)} images but {labels_name} {len(labels)} labels; "
-                "get both again"
+                f"SRC: {name} holds {len(images)} images but {labels_name} {len(labels)} labels; get both again"
             )
         found[split] = (name, labels.tolist())
         used |= {name: files[name], labels_name: files[labels_name]}
@@ -64,9 +59,7 @@ def scan(uri: str, files: dict[str, int]) -> Source:
         name, labels_found = found[split]
         unknown = sorted(set(labels_found) - set(numbers))
         if unknown:
-            raise UserError(
-                f"SRC: {name} has images of class {unknown[0]}, which the training images have not"
-            )
+            raise UserError(f"SRC: {name} has images of class {unknown[0]}, which the training images have not")
         keys = [f"{name}/{row:05d}" for row in range(len(labels_found))]
         splits.append(by_class(split, keys, [index[number] for number in labels_found]))
     return make_source(uri, "idx", [str(n) for n in numbers], splits, used, ignored=len(files) - len(used))
@@ -92,8 +85,7 @@ def _read(uri: str, name: str, dims: int) -> NDArray[np.uint8]:
     values = np.frombuffer(data, np.uint8, offset=4 + 4 * dims)
     if len(values) != math.prod(shape):
         raise UserError(
-            f"SRC: {name} of {uri} holds {len(values)} bytes where its head says {math.prod(shape)}; "
-            "download it again"
+            f"SRC: {name} of {uri} holds {len(values)} bytes where its head says {math.prod(shape)}; download it again"
         )
     return values.reshape(shape)
 

@@ -56,9 +56,7 @@ def scan(uri: str, files: dict[str, int]) -> Source:
             )
     splits = []
     for split, classes in grouped.items():
-        keys = [
-            (key, label) for label, name in enumerate(class_names) for key in sorted(classes.get(name, []))
-        ]
+        keys = [(key, label) for label, name in enumerate(class_names) for key in sorted(classes.get(name, []))]
         splits.append(Split(split, [k for k, _ in keys], [label for _, label in keys]))
     used = {key: files[key] for split in splits for key in split.keys}
     return make_source(uri, "imagefolder", class_names, splits, used, ignored=len(files) - len(used))

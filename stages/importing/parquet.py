@@ -52,9 +52,7 @@ def scan(uri: str, files: dict[str, int]) -> Source:
                 )
             class_names = names
             if names and not all(y is not None and 0 <= y < len(names) for y in found):
-                raise UserError(
-                    f"SRC: {name} of {uri} has labels outside its {len(names)} class names; correct them"
-                )
+                raise UserError(f"SRC: {name} of {uri} has labels outside its {len(names)} class names; correct them")
             keys += [f"{name}/{row:06d}" for row in range(len(found))]
             labels += found
             used[name] = files[name]
@@ -63,9 +61,7 @@ def scan(uri: str, files: dict[str, int]) -> Source:
                 numbers = sorted(set(labels))
             unknown = sorted(set(labels) - set(numbers))
             if unknown:
-                raise UserError(
-                    f"SRC: {split} of {uri} has images of class {unknown[0]}, which train has not"
-                )
+                raise UserError(f"SRC: {split} of {uri} has images of class {unknown[0]}, which train has not")
             labels = [numbers.index(y) for y in labels]
         splits.append(by_class(split, keys, labels))
     names_or_numbers = class_names or [str(n) for n in numbers]
@@ -100,9 +96,7 @@ def _labels(uri: str, name: str) -> tuple[list[int], list[str]]:
                 )
             labels = file.read(columns=[column])[column].to_pylist()
             features = (
-                json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-                .get("info", {})
-                .get("features", {})
+                json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
             )
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(f"SRC: {name} of {uri} is no readable Parquet file ({error}); get it again") from None

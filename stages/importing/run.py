@@ -128,15 +128,11 @@ def import_dataset(
             on_progress(finished, total)
     failed = failures(results.values())
     if failed:
-        raise RunError(
-            f"import of {src}: {len(failed)} shards failed ({failed[0]['error']}); run it again to resume"
-        )
+        raise RunError(f"import of {src}: {len(failed)} shards failed ({failed[0]['error']}); run it again to resume")
 
     records = {key: ShardRecord.from_json(json.loads(result["record"])) for key, result in results.items()}
     corrupt = [item for key in sorted(records) for item in records[key].corrupt]
-    empty = [
-        s.name for s in source.splits if not any(r.rows for k, r in records.items() if k.startswith(s.name))
-    ]
+    empty = [s.name for s in source.splits if not any(r.rows for k, r in records.items() if k.startswith(s.name))]
     if empty or (strict and corrupt):
         for split in source.splits:
             storage.remove(storage.join(dst, split.name))
@@ -148,9 +144,7 @@ def import_dataset(
     report = ImportReport(
         src, dst, source.format, source.class_names, splits, source.ignored, time.monotonic() - start, False
     )
-    storage.write_json(
-        storage.join(dst, IMPORT_FILE), {"digest": digest, "src": src, "report": asdict(report)}
-    )
+    storage.write_json(storage.join(dst, IMPORT_FILE), {"digest": digest, "src": src, "report": asdict(report)})
     return report
 
 
@@ -181,9 +175,7 @@ def _earlier_report(source: Source, dst: str, digest: str) -> ImportReport | Non
     except (FileNotFoundError, NotADirectoryError):
         for folder in ("", "train", "val"):
             if storage.list_files(storage.join(dst, folder) if folder else dst):
-                raise UserError(
-                    f"DST: {dst} already holds files of something else; choose an empty folder"
-                ) from None
+                raise UserError(f"DST: {dst} already holds files of something else; choose an empty folder") from None
         return None
     except ValueError:
         raise UserError(f"DST: {where} is damaged; delete {dst} or choose another folder") from None

@@ -87,11 +87,12 @@ def make_source(
     if not splits or splits[0].name != "train" or not splits[0].keys:
         raise UserError(f"SRC: {uri} holds no training images ({format}); a split `train` is needed")
     if len(class_names) < 2:
-        raise UserError(f"SRC: {uri} holds a single class ({class_names[0]}); at least two are needed")
-    if len(set(class_names)) < len(class_names):
         raise UserError(
-            f"SRC: {uri} names a class twice ({_some(sorted(class_names))}); make the class names unique"
+            f"SRC: {uri} holds a single class ({class_names[0]}); give the folder whose folders are "
+            "the classes, or hold train and val"
         )
+    if len(set(class_names)) < len(class_names):
+        raise UserError(f"SRC: {uri} names a class twice ({_some(sorted(class_names))}); make the class names unique")
     for split in splits:
         missing = [class_names[i] for i in sorted(set(range(len(class_names))) - set(split.labels))]
         if missing:
@@ -100,9 +101,7 @@ def make_source(
                 f"classes ({_some(missing)}); add them, or remove those classes or the split"
             )
     digest = hashlib.sha256(
-        json.dumps(
-            [format, class_names, [[s.name, s.keys, s.labels] for s in splits], sorted(sizes.items())]
-        ).encode()
+        json.dumps([format, class_names, [[s.name, s.keys, s.labels] for s in splits], sorted(sizes.items())]).encode()
     ).hexdigest()
     return Source(uri, format, class_names, splits, digest, ignored)
 
@@ -133,9 +132,7 @@ def list_tree(uri: str) -> dict[str, int]:
             if not files:
                 raise UserError(f"SRC: there are no files below {uri}; check the bucket and the prefix")
     except OSError as error:
-        raise UserError(
-            f"SRC: {uri} cannot be read ({error.strerror or error}); check its name and rights"
-        ) from None
+        raise UserError(f"SRC: {uri} cannot be read ({error.strerror or error}); check its name and rights") from None
     return dict(sorted(files.items()))
 
 
@@ -161,9 +158,7 @@ def read_file(uri: str, name: str) -> bytes:
     try:
         return storage.read_bytes(storage.join(uri, name))
     except OSError as error:
-        raise UserError(
-            f"SRC: {posixpath.join(uri, name)} cannot be read ({error.strerror or error})"
-        ) from None
+        raise UserError(f"SRC: {posixpath.join(uri, name)} cannot be read ({error.strerror or error})") from None
 
 
 def _some(names: list[str], limit: int = 5) -> str:
