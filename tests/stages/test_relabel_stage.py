@@ -1,4 +1,10 @@
 import hashlib
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +14,7 @@ import pytest
 import torch
 
 from cluster import shards
+from cluster.errors import RunError
 from cluster.resources import ActorResources
 from cluster.runner import ActorStage, Row, run_ray, run_serial
 from stages.data import DataSpec
@@ -15,7 +22,7 @@ from stages.images import encode_png
 from stages.imageset import load_image_set
 from stages.relabel.ensemble import combine
 from stages.relabel.options import Mix, RelabelOptions
-from stages.relabel.stage import TeacherStage, is_committed, relabel_rows, relabel_stages
+from stages.relabel.stage import CommitStage, TeacherStage, is_committed, relabel_rows, relabel_stages
 from stages.relabel.store import LabelReader
 from stages.relabel.unit import LabelUnit, plan_units
 from stages.teachers.networks import NETWORKS
@@ -33,9 +40,7 @@ class Setup:
     images: str
     teachers: dict[str, TeacherSpec]
 
-    def stages(
-        self, out: Path, options: RelabelOptions, actors: int = 1, identity: str = "one"
-    ) -> list[ActorStage]:
+    def stages(self, out: Path, options: RelabelOptions, actors: int = 1, identity: str = "one") -> list[ActorStage]:
         return relabel_stages(
             str(out), self.images, self.teachers, DATA, options, 4, identity, ActorResources(actors=actors)
         )
@@ -57,9 +62,7 @@ def setup(tmp_path_factory) -> Setup:
             {"image": {"bytes": encode_png(p), "path": f"{k}.png"}, "label": k % CLASSES, "image_id": k}
             for p, k in zip(pixels, chosen.tolist(), strict=True)
         ]
-        schema = shards.image_schema(
-            list(DATA.class_names), [*shards.IMAGE_FIELDS, pa.field("image_id", pa.int64())]
-        )
+        schema = shards.image_schema(list(DATA.class_names), [*shards.IMAGE_FIELDS, pa.field("image_id", pa.int64())])
         shards.write_shard(str(root / "images" / f"part-{part}.parquet"), pa.Table.from_pylist(rows, schema))
     teachers = {}
     for index, (name, (arch, kwargs)) in enumerate(ARCHS.items()):
@@ -70,6 +73,15 @@ def setup(tmp_path_factory) -> Setup:
         save_weights(weights, network.state_dict())
         teachers[name] = TeacherSpec(arch=f"builtin:{arch}", kwargs=kwargs, weights=weights)
     return Setup(str(root / "images"), teachers)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """What the runners set; stages called directly must compute with as many threads to give the same bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def options(**values) -> RelabelOptions:
@@ -119,9 +131,7 @@ def test_students_see_exactly_what_the_teachers_saw(setup, tmp_path, kind, batch
     for epoch in range(2):
         found = reader.read_epoch(epoch)
         positions = np.arange(COUNT)
-        student = torch.cat(
-            [found.render(images, positions[at : at + batch], DATA) for at in range(0, COUNT, batch)]
-        )
+        student = torch.cat([found.render(images, positions[at : at + batch], DATA) for at in range(0, COUNT, batch)])
         rows = slice(epoch * COUNT, (epoch + 1) * COUNT)
         for name in ARCHS:
             assert torch.equal(student, torch.cat(seen[name])[rows])
@@ -180,6 +190,35 @@ def test_resume_redoes_what_is_missing_or_damaged_and_nothing_else(setup, labels
     assert changed == {f"{u.id}.parquet" for u in pending}
 
 
+CHILD = """
+import pickle, sys
+from cluster.runner import run_serial
+rows, stages = pickle.load(sys.stdin.buffer)
+for row in run_serial(rows, stages):
+    assert not row["error"], row["error"]
+"""
+
+
+def test_killed_run_resumes_to_the_same_bytes(setup, labels, tmp_path):
+    units = plan_units(COUNT, options())
+    job = pickle.dumps((relabel_rows(units), setup.stages(tmp_path, options())))
+    with subprocess.Popen([sys.executable, "-c", CHILD], stdin=subprocess.PIPE) as child:
+        child.stdin.write(job)
+        child.stdin.close()
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.glob("labels-*"))) < 2 and child.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        child.kill()
+    assert child.returncode == -signal.SIGKILL
+    times = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("labels-*")}
+    pending = [u for u in units if not is_committed(str(tmp_path), u, "one")]
+    assert {f"{u.id}.parquet" for u in units} - {f"{u.id}.parquet" for u in pending} == set(times)
+    assert pending
+    assert not errors(list(run_serial(relabel_rows(pending), setup.stages(tmp_path, options()))))
+    assert {n: h for n, h in hashes(tmp_path).items() if n.startswith("labels-")} == hashes(labels)
+    assert all((tmp_path / name).stat().st_mtime_ns == at for name, at in times.items())
+
+
 def test_broken_units_fail_in_words_and_others_go_on(setup, tmp_path):
     good = plan_units(COUNT, options())[:2]
     wrong = LabelUnit(epoch_start=9, epoch_stop=10, position_start=0, position_stop=50, num_images=COUNT + 1)
@@ -189,20 +228,19 @@ def test_broken_units_fail_in_words_and_others_go_on(setup, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"{u.id}.parquet" for u in good]
 
 
-def test_teacher_that_gives_nan_is_named(setup, tmp_path):
-    network = NETWORKS["convnet_d3"](num_classes=CLASSES, in_chans=3, width=8)
-    state = {
-        k: torch.full_like(v, float("nan")) if k.endswith("weight") else v
-        for k, v in network.state_dict().items()
-    }
-    save_weights(str(tmp_path / "bad.safetensors"), state)
-    bad = setup.teachers["flat"].model_copy(update={"weights": str(tmp_path / "bad.safetensors")})
-    broken = Setup(setup.images, {**setup.teachers, "flat": bad})
-    rows = list(
-        run_serial(relabel_rows(plan_units(COUNT, options())[:1]), broken.stages(tmp_path / "out", options()))
-    )
-    assert "teacher flat gives logits that are not finite" in errors(rows)[0]
-    assert not (tmp_path / "out").exists()
+def test_logits_that_cannot_be_stored_are_refused(setup, tmp_path):
+    unit = plan_units(COUNT, options())[0]
+    (row,) = relabel_rows([unit])
+    stage = setup.teacher_stage("deep", options())
+    network = stage.teacher
+    stage.teacher = lambda x: network(x) / 0
+    with pytest.raises(RunError, match=r"teacher deep gives logits that are not finite; check teachers\.deep"):
+        stage(row)
+    commit = CommitStage(str(tmp_path), DATA, options(), 4, "one")
+    huge = np.full((unit.num_rows, CLASSES), 1e6, np.float32)
+    with pytest.raises(RunError, match="combined logits exceed ±65504"):
+        commit({**row, "logits_deep": huge, "logits_flat": huge})
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.ray
@@ -212,9 +250,7 @@ def test_ray_gives_the_bytes_of_the_serial_runner(setup, labels, tmp_path, ray_l
     wrong = LabelUnit(epoch_start=40, epoch_stop=41, position_start=0, position_stop=50, num_images=COUNT + 1)
     units = plan_units(COUNT, options())
     assert len({u.num_rows for u in units}) == 2
-    rows = list(
-        run_ray(relabel_rows([units[0], wrong, *units[1:]]), setup.stages(tmp_path, options(), actors))
-    )
+    rows = list(run_ray(relabel_rows([units[0], wrong, *units[1:]]), setup.stages(tmp_path, options(), actors)))
     assert [e for e in errors(rows) if "where the plan has 131" not in e] == []
     assert sorted(row["id"] for row in rows) == sorted([*(u.id for u in units), wrong.id])
     assert hashes(tmp_path) == hashes(labels)

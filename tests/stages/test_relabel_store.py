@@ -18,14 +18,10 @@ from stages.relabel.views import draw_views
 SIZE = 32
 
 
-def write(
-    uri: str, unit: LabelUnit, options: RelabelOptions, classes: int = 10, identity: str = "one"
-) -> np.ndarray:
+def write(uri: str, unit: LabelUnit, options: RelabelOptions, classes: int = 10, identity: str = "one") -> np.ndarray:
     rng = np.random.default_rng(unit.epoch_start * 1000 + unit.position_start)
     logits = rng.standard_normal((unit.num_rows, classes)).astype(np.float16)
-    views = [
-        draw_views(0, e, unit.num_images, SIZE, options) for e in range(unit.epoch_start, unit.epoch_stop)
-    ]
+    views = [draw_views(0, e, unit.num_images, SIZE, options) for e in range(unit.epoch_start, unit.epoch_stop)]
     names = [f"class {k}" for k in range(classes)]
     write_labels(uri, unit, views, logits, options.batch, {"class_names": names, "identity": identity})
     return logits
@@ -85,9 +81,7 @@ def test_reading_an_epoch_opens_its_shards_alone(tmp_path):
         if not path.name.startswith("labels-00003"):
             path.write_bytes(b"broken")
     reader.read_epoch(3)
-    with pytest.raises(
-        RunError, match=r"labels-00006-0000000.parquet: not a readable label shard; run the relabel"
-    ):
+    with pytest.raises(RunError, match=r"labels-00006-0000000.parquet: not a readable label shard; run the relabel"):
         reader.read_epoch(6)
 
 

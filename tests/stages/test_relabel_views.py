@@ -76,10 +76,7 @@ def test_a_view_has_the_same_bits_in_any_batch(kind, threads):
     try:
         whole = render_views(images, views, views.order, data)
         for batch in (7, 50, 128):
-            parts = [
-                render_views(images, views, ids, data)
-                for ids in np.split(views.order, range(batch, 130, batch))
-            ]
+            parts = [render_views(images, views, ids, data) for ids in np.split(views.order, range(batch, 130, batch))]
             assert torch.equal(torch.cat(parts), whole)
         shuffled = np.random.default_rng(0).permutation(130)
         assert torch.equal(render_views(images, views, views.order[shuffled], data), whole[shuffled])
@@ -94,9 +91,7 @@ def test_a_view_has_the_same_bits_in_any_batch_on_a_gpu(kind):
     views = draw_views(0, 0, len(images), 33, options(kind))
     whole = render_views(images, views, views.order, data)
     for batch in (7, 50, 128):
-        parts = [
-            render_views(images, views, ids, data) for ids in np.split(views.order, range(batch, 130, batch))
-        ]
+        parts = [render_views(images, views, ids, data) for ids in np.split(views.order, range(batch, 130, batch))]
         assert torch.equal(torch.cat(parts), whole)
     torch.testing.assert_close(whole.cpu(), render_views(images.cpu(), views, views.order, data))
 
@@ -181,9 +176,7 @@ def test_crops_are_distributed_as_torchvisions(size, min_scale):
     image = torch.zeros(1, size, size)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        theirs = np.array(
-            [RandomResizedCrop.get_params(image, [min_scale, 1.0], [3 / 4, 4 / 3]) for _ in range(6000)]
-        )
+        theirs = np.array([RandomResizedCrop.get_params(image, [min_scale, 1.0], [3 / 4, 4 / 3]) for _ in range(6000)])
     for ours, other in ((f(crop), f(theirs)) for f in (_area, _log_ratio, _top, _left)):
         # Two-sample Kolmogorov–Smirnov at a level of 10⁻⁴.
         grid = np.unique(np.concatenate([ours, other]))
