@@ -23,7 +23,6 @@ from pipeline.config import Config
 from pipeline.describe import cost, print_plan, results_table
 from pipeline.plan import make_plan, save_plan, with_sources
 from pipeline.preflight import Ready, check_space, preflight
-from pipeline.report import write_report
 from pipeline.summary import read_results, write_summary
 from stages.evaluate.baselines import random_real, random_real_uri
 from stages.evaluate.diversity import diversity_stage
@@ -256,6 +255,9 @@ def evaluate(run: Run) -> None:
 
 def report(run: Run) -> dict[str, Any]:
     """Diversity, ``summary.json`` and ``report.html``."""
+    # Here, because matplotlib takes a second to import and only this stage plots.
+    from pipeline.report import write_report
+
     config = run.config
     feature_model = config.recover.logit_teachers[0]
     init = storage.join(run.out, "init")

@@ -12,8 +12,8 @@ CROP_RATIO = (3 / 4, 4 / 3)
 def draw_crops(rng: np.random.Generator, count: int, size: int, min_scale: float) -> NDArray[np.int64]:
     """Boxes (top, left, height, width) of square images in pixels, int64 [count, 4].
 
-    As torchvision's RandomResizedCrop: area uniform in [min_scale, 1] of the image, aspect ratio log-uniform in [3/4, 4/3], at most ten tries for
-    a box that fits, else the whole image; place uniform.
+    As torchvision's RandomResizedCrop: area uniform in [min_scale, 1] of the image, aspect ratio log-uniform in
+    [3/4, 4/3], at most ten tries for a box that fits, else the whole image; place uniform.
     """
     shape = (CROP_TRIES, count)
     area = rng.uniform(min_scale, 1, shape) * size**2

@@ -103,9 +103,7 @@ def recover_unit(
             optimizer.step()
             with torch.no_grad():
                 x.clamp_(low, high)
-                first_bad = torch.where(
-                    loss.isfinite() & x.isfinite().all(), first_bad, first_bad.clamp_max(step)
-                )
+                first_bad = torch.where(loss.isfinite() & x.isfinite().all(), first_bad, first_bad.clamp_max(step))
                 last_bn |= {name: value.detach() for name, value in l_bn.items()}
             if step % LOG_EVERY == 0 or step == unit.iterations - 1:
                 _check_finite(unit, int(first_bad))

@@ -108,9 +108,7 @@ class BNTap:
         seen: dict[nn.Module, Tensor] = {}
 
         def measure(layer: nn.Module, inputs: tuple[Tensor]) -> None:
-            seen[layer] = _LayerDistance.apply(
-                inputs[0], layer.running_mean, layer.running_var, self._var_weight
-            )
+            seen[layer] = _LayerDistance.apply(inputs[0], layer.running_mean, layer.running_var, self._var_weight)
             if not logits and len(seen) == len(self.layers):
                 raise _AllSeen
 
@@ -141,10 +139,7 @@ def tap_teachers(
     Raises:
         UserError: a BN teacher has no BatchNorm layer that runs, and ``allow_null_bn`` is off.
     """
-    taps = {
-        name: BNTap(name, teachers[name], example, options)
-        for name in dict.fromkeys([*logit_names, *bn_names])
-    }
+    taps = {name: BNTap(name, teachers[name], example, options) for name in dict.fromkeys([*logit_names, *bn_names])}
     for name in bn_names:
         if not taps[name].layers and not options.allow_null_bn:
             raise UserError(

@@ -28,7 +28,9 @@ class NetworkFacts:
     bn_channels: list[int]
 
 
-def describe_network(spec: NetworkSpec, *, num_classes: int, channels: int, image_size: int, field: str) -> NetworkFacts:
+def describe_network(
+    spec: NetworkSpec, *, num_classes: int, channels: int, image_size: int, field: str
+) -> NetworkFacts:
     """Facts of a network, and proof that it takes the images and answers with the classes.
 
     Args:

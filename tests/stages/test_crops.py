@@ -16,9 +16,7 @@ def test_same_law_as_torchvision(size: int, min_scale: float) -> None:
     ours = draw_crops(np.random.default_rng(0), count, size, min_scale)
     image = torch.zeros(1, size, size)
     torch.manual_seed(0)
-    theirs = np.array(
-        [RandomResizedCrop.get_params(image, [min_scale, 1.0], [3 / 4, 4 / 3]) for _ in range(count)]
-    )
+    theirs = np.array([RandomResizedCrop.get_params(image, [min_scale, 1.0], [3 / 4, 4 / 3]) for _ in range(count)])
 
     def marginals(boxes: np.ndarray) -> list[np.ndarray]:
         top, left, height, width = boxes.T.astype(float)
@@ -26,9 +24,7 @@ def test_same_law_as_torchvision(size: int, min_scale: float) -> None:
 
     for a, b in zip(marginals(ours), marginals(theirs), strict=True):
         grid = np.unique(np.concatenate([a, b]))
-        gap = np.abs(
-            np.searchsorted(np.sort(a), grid, "right") - np.searchsorted(np.sort(b), grid, "right")
-        ).max()
+        gap = np.abs(np.searchsorted(np.sort(a), grid, "right") - np.searchsorted(np.sort(b), grid, "right")).max()
         # Two-sample Kolmogorov–Smirnov distance; 2.2·√(2/n) is exceeded by chance once in 8,000 times.
         assert gap / count < 2.2 * (2 / count) ** 0.5
 

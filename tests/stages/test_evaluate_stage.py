@@ -308,7 +308,7 @@ def test_ray_equals_serial(case: Case, ray_local: None) -> None:
 def test_two_workers_share_every_batch(case: Case, ray_local: None) -> None:
     """Without BatchNorm, the average of the shares' gradients is the whole batch's."""
     plain = NetworkSpec(arch=f"user:{Path(__file__).with_name('evaluate_linear.py')}:linear")
-    protocol = case.jobs[0].protocol.model_copy(update={"optimizer": "sgd", "batch": 9})
+    protocol = case.jobs[0].protocol.model_copy(update={"optimizer": "sgd", "batch": 13})
     job = case.jobs[0].model_copy(update={"network": plain, "protocol": protocol})
     train_serial(case, [job])
     alone = StudentStore(case.out, job).load_weights(EPOCHS)

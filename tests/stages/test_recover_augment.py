@@ -17,9 +17,7 @@ PUBLISHED = RecoverOptions(roll=32)
 PER_IMAGE = RecoverOptions(roll=5, batch_augment="image")
 
 
-def loop_reference(
-    image: NDArray[np.float64], crop: list[int], flip: bool, dy: int, dx: int
-) -> NDArray[np.float64]:
+def loop_reference(image: NDArray[np.float64], crop: list[int], flip: bool, dy: int, dx: int) -> NDArray[np.float64]:
     """One image [C, S, S], pixel by pixel: bilinear resize of the crop, mirror, circular shift."""
     top, left, height, width = crop
     size = image.shape[-1]
@@ -52,9 +50,7 @@ def test_equals_the_loops(options: RecoverOptions, step: int) -> None:
     assert rows == (1 if options is PUBLISHED else 3)
     for i, image in enumerate(images):
         row = i % rows
-        expected = loop_reference(
-            image, drawn.crop[row].tolist(), bool(drawn.flip[row]), *drawn.shift[row].tolist()
-        )
+        expected = loop_reference(image, drawn.crop[row].tolist(), bool(drawn.flip[row]), *drawn.shift[row].tolist())
         np.testing.assert_allclose(got[i], expected, rtol=0, atol=1e-12)
 
 

@@ -28,9 +28,7 @@ class Tiny(nn.Module):
         super().__init__()
         torch.manual_seed(seed)
         bn1, bn2 = nn.BatchNorm2d(6), nn.BatchNorm2d(8)
-        self.body = nn.Sequential(
-            nn.Conv2d(3, 6, 3), bn1, nn.ReLU(), nn.Conv2d(6, 8, 3, stride=2), bn2, nn.ReLU()
-        )
+        self.body = nn.Sequential(nn.Conv2d(3, 6, 3), bn1, nn.ReLU(), nn.Conv2d(6, 8, 3, stride=2), bn2, nn.ReLU())
         self.head = nn.Linear(8, 4)
         self.bn_layers = [bn1, bn2]
         for bn in self.bn_layers:
@@ -61,9 +59,7 @@ def unit(**change: Any) -> RecoverUnit:
 
 
 def images() -> Tensor:
-    return DATA.normalise(
-        torch.randint(0, 256, (3, 3, 12, 12), generator=torch.Generator().manual_seed(0)).byte()
-    )
+    return DATA.normalise(torch.randint(0, 256, (3, 3, 12, 12), generator=torch.Generator().manual_seed(0)).byte())
 
 
 def plain_recovery(u: RecoverUnit, x0: Tensor, teachers: dict[str, Any], o: RecoverOptions) -> Tensor:
@@ -82,9 +78,7 @@ def plain_recovery(u: RecoverUnit, x0: Tensor, teachers: dict[str, Any], o: Reco
                 if isinstance(layer, nn.BatchNorm2d):
                     mu = h.mean((0, 2, 3))
                     s = ((h - mu.view(1, -1, 1, 1)) ** 2).mean((0, 2, 3))
-                    r = ((layer.running_mean - mu) ** 2).sum().sqrt() + (
-                        (layer.running_var - s) ** 2
-                    ).sum().sqrt()
+                    r = ((layer.running_mean - mu) ** 2).sum().sqrt() + ((layer.running_var - s) ** 2).sum().sqrt()
                     loss = loss + o.r_bn / len(u.bn_teachers) * (o.first_bn_multiplier if first else 1) * r
                     first = False
                 h = layer(h)
@@ -159,9 +153,7 @@ def test_record(teachers: dict[str, Any]) -> None:
 def test_round_robin_records_the_last_value_of_each(teachers: dict[str, Any]) -> None:
     pool = ["a", "b", "c"]
     options = RecoverOptions(selection="round_robin")
-    result = recover_unit(
-        unit(logit_teachers=pool, bn_teachers=pool), images(), teachers, options, DATA, "cpu"
-    )
+    result = recover_unit(unit(logit_teachers=pool, bn_teachers=pool), images(), teachers, options, DATA, "cpu")
     assert list(result.loss_bn) == pool
     assert list(result.log[0]["bn"]) == ["a"]
     assert list(result.log[-1]["bn"]) == ["a"]  # step 6 of 7, 6 mod 3

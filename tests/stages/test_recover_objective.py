@@ -49,8 +49,7 @@ class Tiny(nn.Module):
 
         def norm(z: Tensor, bn: nn.BatchNorm2d) -> Tensor:
             channels = [
-                (z[:, c] - bn.running_mean[c]) / (bn.running_var[c] + bn.eps).sqrt() * bn.weight[c]
-                + bn.bias[c]
+                (z[:, c] - bn.running_mean[c]) / (bn.running_var[c] + bn.eps).sqrt() * bn.weight[c] + bn.bias[c]
                 for c in range(z.shape[1])
             ]
             return torch.stack(channels, 1)
@@ -70,9 +69,7 @@ class NoNorm(Tiny):
     bn_layers: list[nn.BatchNorm2d] = []  # type: ignore[assignment]
 
 
-def reference_l_bn(
-    inputs: list[Tensor], layers: list[nn.BatchNorm2d], first: float, var_weight: float
-) -> Tensor:
+def reference_l_bn(inputs: list[Tensor], layers: list[nn.BatchNorm2d], first: float, var_weight: float) -> Tensor:
     """Σ_l w_l (‖m − μ‖ + var_weight ‖v − s‖), channel by channel."""
     total = torch.zeros((), dtype=torch.float64)
     for index, (z, bn) in enumerate(zip(inputs, layers, strict=True)):
@@ -95,8 +92,7 @@ def reference_loss(
         for row, label in zip(teacher.reference(x)[0], y.tolist(), strict=True):
             ce = ce + (row.exp().sum().log() - row[label]) / len(y) / len(logit)
     terms = [
-        reference_l_bn(t.reference(x)[1], t.bn_layers, options.first_bn_multiplier, options.var_weight)
-        for t in bn
+        reference_l_bn(t.reference(x)[1], t.bn_layers, options.first_bn_multiplier, options.var_weight) for t in bn
     ]
     total = torch.zeros((), dtype=torch.float64)
     for term in terms:
@@ -176,9 +172,7 @@ def test_teacher_without_bn_is_refused_by_name(batch: tuple[Tensor, Tensor]) -> 
 @pytest.mark.parametrize("matched", ["mean", "var", "both"])
 def test_gradient_at_norm_zero(matched: str) -> None:
     """Statistics that agree exactly must not divide by zero; the other term keeps its gradient."""
-    x = torch.tensor(
-        [[[[1.0, 3.0]]], [[[5.0, 7.0]]]], dtype=torch.float64, requires_grad=True
-    )  # mean 4, var 5
+    x = torch.tensor([[[[1.0, 3.0]]], [[[5.0, 7.0]]]], dtype=torch.float64, requires_grad=True)  # mean 4, var 5
     bn = nn.BatchNorm2d(1).double().eval().requires_grad_(False)
     bn.running_mean.fill_(4.0 if matched != "var" else 1.0)
     bn.running_var.fill_(5.0 if matched != "mean" else 2.0)

@@ -103,18 +103,14 @@ def test_properties(size: int, p: float, slots: int, seed: int, inside: bool) ->
 
 
 def unit(logit: list[str], bn: list[str], seed: int = 5) -> RecoverUnit:
-    return RecoverUnit(
-        ipc=0, chunk=0, classes=[0], logit_teachers=logit, bn_teachers=bn, iterations=9, seed=seed
-    )
+    return RecoverUnit(ipc=0, chunk=0, classes=[0], logit_teachers=logit, bn_teachers=bn, iterations=9, seed=seed)
 
 
 @pytest.mark.parametrize("selection", ["fixed", "per_index"])
 def test_constant_selections_use_the_units_set(selection: str) -> None:
     options = RecoverOptions(selection=selection)  # type: ignore[arg-type]
     given_set = [POOL[0], POOL[3]]
-    assert all(
-        step_teachers(unit([POOL[0]], given_set), options, t) == ([POOL[0]], given_set) for t in range(9)
-    )
+    assert all(step_teachers(unit([POOL[0]], given_set), options, t) == ([POOL[0]], given_set) for t in range(9))
 
 
 def test_round_robin_takes_one_network_for_both_losses() -> None:
