@@ -78,15 +78,15 @@ def _source(
     shift: NDArray[np.int64],
     flip: NDArray[np.bool_],
     size: int,
-) -> NDArray[np.floating]:
+) -> NDArray[np.float64]:
     """Where in the image every output sample of an axis lies, in pixels, [k, size]."""
     before_shift = (np.arange(size) - shift[:, None]) % size
     before_flip = np.where(flip[:, None], size - 1 - before_shift, before_shift)
     in_crop = (before_flip + 0.5) * (length[:, None] / size) - 0.5
-    return start[:, None] + np.clip(in_crop, 0, length[:, None] - 1)
+    return np.clip(in_crop, 0.0, length[:, None] - 1.0) + start[:, None]
 
 
-def _weights(source: NDArray[np.floating], like: Tensor) -> Tensor:
+def _weights(source: NDArray[np.float64], like: Tensor) -> Tensor:
     """Bilinear weights as matrices [k, 1, size, size]: sample at s reads pixel j with max(0, 1 − |s − j|)."""
     at = torch.from_numpy(source).to(like.device, like.dtype, non_blocking=True)
     pixel = torch.arange(source.shape[1], device=like.device, dtype=like.dtype)

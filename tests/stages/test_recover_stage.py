@@ -1,0 +1,293 @@
+"""Recovery through the runners: what is committed, what is redone, and what fails alone."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from cluster import shards, storage
+from cluster.resources import ActorResources
+from cluster.runner import ActorStage, Row, run_ray, run_serial
+from stages.data import DataSpec
+from stages.images import to_pixels
+from stages.imageset import load_image_set
+from stages.recover.options import RecoverOptions
+from stages.recover.stage import MAX_ATTEMPTS, is_committed, recover_rows, recover_stage
+from stages.recover.unit import RecoverUnit
+from stages.teachers.build import build_network
+from stages.teachers.options import TeacherSpec
+from stages.teachers.weights import save_weights
+
+CLASSES = ("cat", "dog", "owl")
+DATA = DataSpec(16, 3, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), CLASSES)
+ARCHS = {
+    "res": ("builtin:resnet10", {"width": 8}),
+    "conv": ("builtin:convnet_d3", {"width": 8}),
+    "mobile": ("builtin:mobilenetv2", {"width_mult": 0.25}),
+}
+# Fails while recovering only, so that loading (which tries a teacher out) succeeds.
+BROKEN = """
+import os
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, classes, kill):
+        super().__init__()
+        self.bn, self.head, self.kill = nn.BatchNorm2d(3), nn.Linear(3, classes), kill
+
+    def forward(self, x):
+        if x.requires_grad and self.kill:
+            os._exit(1)
+        out = self.head(self.bn(x).mean((2, 3)))
+        return out * float("nan") if x.requires_grad else out
+
+def nan(num_classes): return Net(num_classes, False)
+def kill(num_classes): return Net(num_classes, True)
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, TeacherSpec]]:
+    """Real-looking data in two shards of two row groups each, and teachers with random weights and statistics."""
+    root = tmp_path_factory.mktemp("recover")
+    rng = np.random.default_rng(0)
+    schema = shards.image_schema(list(CLASSES))
+    for shard in range(2):
+        rows = []
+        for row in range(9):
+            pixels = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+            stream = io.BytesIO()
+            Image.fromarray(pixels).save(stream, "JPEG" if row % 2 else "PNG")
+            path = f"{CLASSES[row % 3]}/{shard}-{row}.png" if shard else None
+            rows.append({"image": {"bytes": stream.getvalue(), "path": path}, "label": row % 3})
+        table = pa.Table.from_pylist(rows, schema=schema)
+        shards.write_shard(str(root / "data" / f"part-{shard}.parquet"), table, row_group_size=5)
+    shards.save_dataset(
+        shards.Dataset(
+            uri=str(root / "data"), class_names=list(CLASSES), channels=3, image_size=None,
+            mean=list(DATA.mean), std=list(DATA.std), shards=[("part-0.parquet", 9), ("part-1.parquet", 9)],
+            class_counts=[6, 6, 6], fingerprint="f",
+        )
+    )  # fmt: skip
+    (root / "broken.py").write_text(BROKEN)
+    archs = {**ARCHS, "nan": (f"user:{root}/broken.py:nan", {}), "kill": (f"user:{root}/broken.py:kill", {})}
+    specs = {}
+    for index, (name, (arch, kwargs)) in enumerate(archs.items()):
+        spec = TeacherSpec(arch=arch, kwargs=kwargs, weights=str(root / f"{name}.safetensors"))
+        network = build_network(spec, len(CLASSES), 3, seed=index)
+        state = network.state_dict()
+        noise = torch.Generator().manual_seed(index)
+        for key, value in state.items():
+            if key.endswith("running_mean"):
+                state[key] = 0.3 * torch.randn(value.shape, generator=noise)
+            elif key.endswith("running_var"):
+                state[key] = 0.5 + torch.rand(value.shape, generator=noise)
+        save_weights(spec.weights or "", state)
+        specs[name] = spec
+    return str(root / "data"), specs
+
+
+def units_of(teacher_sets: Sequence[Sequence[str]], iterations: int = 6) -> list[RecoverUnit]:
+    """One unit per set, with sources spread over shards and row groups."""
+    return [
+        RecoverUnit(
+            ipc=i, chunk=0, classes=[0, 1, 2], logit_teachers=[names[0]], bn_teachers=list(names),
+            iterations=iterations + i, seed=100 + i,
+            sources=[(i % 2, 3 * (i % 3)), ((i + 1) % 2, 3 * (i % 3) + 1), (i % 2, 8 - 3 * (i % 3))],
+        )
+        for i, names in enumerate(teacher_sets)
+    ]  # fmt: skip
+
+
+SETS = [["res"], ["res", "conv"], ["res", "mobile", "conv"], ["conv", "mobile"]]
+
+
+def stage_of(world: tuple[str, dict[str, TeacherSpec]], out: Path, names: Sequence[str], **change: Any) -> ActorStage:
+    train, specs = world
+    actors = change.pop("actors", 1)
+    options = RecoverOptions(logit_teachers=[names[0]], bn_teachers=list(names), selection="fixed", roll=3, **change)
+    return recover_stage(str(out), train, specs, DATA, options, "identity-1", ActorResources(actors=actors))
+
+
+def shard_bytes(out: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(out)): p.read_bytes() for f in ("init", "recovered") for p in sorted((out / f).iterdir())}
+
+
+@pytest.fixture(scope="module")
+def serial(
+    world: tuple[str, dict[str, TeacherSpec]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[Row]]:
+    out = tmp_path_factory.mktemp("serial")
+    stage = stage_of(world, out, list(ARCHS))
+    return out, list(run_serial(recover_rows(units_of(SETS)), [stage]))
+
+
+def test_rows_are_small_and_complete(serial: tuple[Path, list[Row]]) -> None:
+    _, rows = serial
+    # Longest first: steps × networks.
+    assert [row["id"] for row in rows] == [f"unit-0000{i}-00000" for i in (2, 3, 1, 0)]
+    for row in rows:
+        assert set(row) == {"id", "error", "seconds", "loss_ce", "iterations", "attempt"}
+        assert (row["error"], row["attempt"]) == ("", 1)
+
+
+def test_recovered_shard(serial: tuple[Path, list[Row]]) -> None:
+    out, rows = serial
+    unit = units_of(SETS)[2]
+    table = pq.read_table(out / "recovered" / f"{unit.id}.parquet")
+    assert table.schema.names == [f.name for f in shards.RECOVERED_FIELDS]
+    found = table.to_pylist()
+    assert [r["label"] for r in found] == [0, 1, 2]
+    assert [r["image_id"] for r in found] == [6, 7, 8]
+    assert [r["image"]["path"] for r in found] == ["00000/00002.png", "00001/00002.png", "00002/00002.png"]
+    # Sources: shard 0 kept no paths, shard 1 did.
+    assert [r["source_id"] for r in found] == ["part-0.parquet:6", "dog/1-7.png", "part-0.parquet:2"]
+    loss_ce = next(r["loss_ce"] for r in rows if r["id"] == unit.id)
+    for r in found:
+        assert (r["ipc"], r["iterations"], r["unit_seed"], r["logit_teacher"]) == (2, 8, 102, "res")
+        assert r["bn_teachers"] == ["res", "mobile", "conv"]
+        assert len(r["loss_bn"]) == 3
+        assert min(r["loss_bn"]) > 0
+        assert r["loss_ce"] == loss_ce
+        assert Image.open(io.BytesIO(r["image"]["bytes"])).format == "PNG"
+    metadata = shards.shard_metadata(str(out / "recovered" / f"{unit.id}.parquet"))
+    assert metadata is not None
+    assert metadata["class_names"] == list(CLASSES)
+    assert metadata["identity"] == "identity-1"
+    assert metadata["unit"]["seed"] == 102
+    assert [entry["step"] for entry in metadata["log"]] == [0, 7]
+
+
+def test_init_shard_holds_the_real_images(serial: tuple[Path, list[Row]], world: tuple[str, Any]) -> None:
+    out, _ = serial
+    for unit in units_of(SETS):
+        init = pq.read_table(out / "init" / f"{unit.id}.parquet").to_pylist()
+        recovered = pq.read_table(out / "recovered" / f"{unit.id}.parquet").to_pylist()
+        for (shard, row), start, end in zip(unit.sources, init, recovered, strict=True):
+            real = pq.read_table(f"{world[0]}/part-{shard}.parquet")["image"][row].as_py()["bytes"]
+            expected = to_pixels(real, 16, 3)
+            np.testing.assert_array_equal(to_pixels(start["image"]["bytes"], 16, 3), expected)
+            assert (to_pixels(end["image"]["bytes"], 16, 3) != expected).mean() > 0.5
+            assert start["loss_ce"] is None
+            assert [start[k] for k in ("image_id", "label", "source_id")] == [
+                end[k] for k in ("image_id", "label", "source_id")
+            ]
+    assert len(load_image_set(str(out / "recovered"), DATA)) == len(load_image_set(str(out / "init"), DATA)) == 12
+
+
+def test_noise_units_have_no_init(world: tuple[str, Any], tmp_path: Path) -> None:
+    unit = units_of([["res"]], iterations=2)[0].model_copy(update={"sources": []})
+    (row,) = run_serial(recover_rows([unit]), [stage_of(world, tmp_path, ["res"], init="noise")])
+    assert row["error"] == ""
+    assert not (tmp_path / "init").exists()
+    assert is_committed(str(tmp_path), unit, "identity-1")
+    found = pq.read_table(tmp_path / "recovered" / f"{unit.id}.parquet")
+    assert found["source_id"].to_pylist() == [None] * 3
+
+
+def test_is_committed_only_when_whole_and_own(serial: tuple[Path, list[Row]], tmp_path: Path) -> None:
+    out, _ = serial
+    for folder in ("init", "recovered"):
+        (tmp_path / folder).mkdir()
+        for file in (out / folder).iterdir():
+            (tmp_path / folder / file.name).write_bytes(file.read_bytes())
+    units, run = units_of(SETS), str(tmp_path)
+    bare = [u.model_copy(update={"sources": []}) for u in units]
+    assert all(is_committed(run, u, "identity-1") for u in units + bare)
+    assert not is_committed(run, units[0], "identity-2")
+    assert not is_committed(run, units[0].model_copy(update={"seed": 1}), "identity-1")
+    assert not is_committed(run, units[0].model_copy(update={"chunk": 1}), "identity-1")
+    half = tmp_path / "recovered" / f"{units[1].id}.parquet"
+    half.write_bytes(half.read_bytes()[:-200])
+    assert not is_committed(run, units[1], "identity-1")
+    (tmp_path / "init" / f"{units[2].id}.parquet").unlink()
+    assert not is_committed(run, units[2], "identity-1")
+    alien = tmp_path / "recovered" / f"{units[3].id}.parquet"
+    table = pq.read_table(alien)
+    pq.write_table(table.slice(0, 2), alien)
+    assert not is_committed(run, units[3], "identity-1")
+
+
+@pytest.mark.parametrize(
+    ("sources", "words"),
+    [
+        ([(0, 1), (0, 1), (0, 2)], "part-0.parquet:1 has label 1 where the plan has 0"),
+        ([(0, 99), (0, 1), (0, 2)], "row 99 is not readable"),
+    ],
+)
+def test_data_that_changed_under_the_plan(
+    world: tuple[str, Any], tmp_path: Path, sources: list[tuple[int, int]], words: str
+) -> None:
+    unit = units_of([["res"]])[0].model_copy(update={"sources": sources})
+    (row,) = run_serial(recover_rows([unit]), [stage_of(world, tmp_path, ["res"])])
+    assert words in row["error"]
+    assert not (tmp_path / "recovered").exists()
+
+
+def test_unreadable_source_image_is_named(world: tuple[str, Any], tmp_path: Path) -> None:
+    dataset = shards.load_dataset(world[0])
+    table = shards.read_shard(dataset.shard_uri(0))
+    rows = table.to_pylist()
+    rows[4]["image"]["bytes"] = rows[4]["image"]["bytes"][:200]
+    bad = tmp_path / "data"
+    shards.write_shard(str(bad / "part-0.parquet"), pa.Table.from_pylist(rows, schema=table.schema))
+    (bad / "part-1.parquet").write_bytes(storage.read_bytes(dataset.shard_uri(1)))
+    (bad / "dataset.json").write_bytes(storage.read_bytes(f"{world[0]}/dataset.json"))
+    unit = units_of([["res"]])[0].model_copy(update={"sources": [(0, 0), (0, 4), (0, 2)]})
+    (row,) = run_serial(recover_rows([unit]), [stage_of((str(bad), world[1]), tmp_path / "out", ["res"])])
+    assert "part-0.parquet:4 is not a readable image" in row["error"]
+
+
+def test_attempts_are_counted_and_limited_within_a_run(world: tuple[str, Any], tmp_path: Path) -> None:
+    stage = stage_of(world, tmp_path, ["res"])
+    unit = units_of([["res"]], iterations=1)[0]
+    record = tmp_path / "progress" / "recover" / f"{unit.id}.json"
+    record.parent.mkdir(parents=True)
+
+    def left_behind(session: str, attempts: int) -> Row:
+        record.write_text(
+            json.dumps({"done": 0, "total": 1, "attempt": 5, "session": session, "session_attempt": attempts})
+        )
+        (row,) = run_serial(recover_rows([unit]), [stage])
+        return row
+
+    assert left_behind("an earlier run", MAX_ATTEMPTS)["attempt"] == 6
+    assert left_behind(stage.kwargs["session"], MAX_ATTEMPTS - 1)["attempt"] == 6
+    assert json.loads(record.read_text())["done"] == 1
+    lost = left_behind(stage.kwargs["session"], MAX_ATTEMPTS)
+    assert f"{unit.id} (seed 100) lost its worker {MAX_ATTEMPTS} times" in lost["error"]
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("actors", [1, 2])
+def test_same_bytes_with_ray(
+    serial: tuple[Path, list[Row]], world: tuple[str, Any], tmp_path: Path, ray_local: None, actors: int
+) -> None:
+    stage = stage_of(world, tmp_path, list(ARCHS), actors=actors)
+    rows = list(run_ray(recover_rows(units_of(SETS)), [stage]))
+    assert [row["error"] for row in rows] == [""] * len(SETS)
+    assert shard_bytes(tmp_path) == shard_bytes(serial[0])
+
+
+@pytest.mark.ray
+def test_one_unit_fails_and_the_others_go_on(world: tuple[str, Any], tmp_path: Path, ray_local: None) -> None:
+    """One unit's loss is NaN; another kills its worker every time, as running out of memory does."""
+    units = units_of([["res"], ["nan"], ["kill"], ["conv"], ["res", "conv"]], iterations=2)
+    stage = stage_of(world, tmp_path, ["res", "conv", "nan", "kill"], actors=2)
+    rows = {row["id"]: row["error"] for row in run_ray(recover_rows(units), [stage])}
+    assert sorted(rows) == [u.id for u in units]
+    assert "unit-00001-00000 (seed 101): the loss is not finite at step 0 of 3" in rows[units[1].id]
+    assert f"unit-00002-00000 (seed 102) lost its worker {MAX_ATTEMPTS} times" in rows[units[2].id]
+    for index, unit in enumerate(units):
+        assert is_committed(str(tmp_path), unit, "identity-1") == (index not in (1, 2))
+        assert bool(rows[unit.id]) == (index in (1, 2))
