@@ -8,6 +8,7 @@ of strings, numbers and numpy arrays with at least ``id`` (str) and ``error`` (s
 from __future__ import annotations
 
 import logging
+import math
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -133,8 +134,9 @@ def fit_pools(stages: list[ActorStage], num_rows: int) -> list[tuple[int, int, f
     out = []
     for stage in stages:
         wanted = stage.resources
-        # All pools of a chain work at the same time, so by default they share the devices.
-        gpus = wanted.gpus if wanted.gpus is not None else min(1.0, round(total_gpus / len(stages), 3))
+        # All pools of a chain work at the same time, so by default they share the devices, in shares that pack.
+        shared = 1 / math.ceil(len(stages) / total_gpus) if total_gpus else 0.0
+        gpus = wanted.gpus if wanted.gpus is not None else shared
         room = int(total_gpus / gpus) if gpus else int(total_cpus // wanted.threads)
         low, high = wanted.pool or (1, max(1, room))
         # One actor per row is the most that can work at once.

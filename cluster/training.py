@@ -35,7 +35,7 @@ def run_trainer(
         resources: of the worker group.
         name: of the run, unique under ``storage_uri``.
         storage_uri: folder for checkpoints.
-        max_failures: so often a crashed worker group is started again.
+        max_failures: so often the group is started again after a worker died.
 
     Raises:
         PrismError: the one that ``loop`` raised, in its own words.
@@ -61,7 +61,7 @@ def run_trainer(
             use_gpu=use_gpu,
             resources_per_worker={"CPU": resources.cpus, **({"GPU": 1} if use_gpu else {})},
         ),
-        # Ray would retry a user's mistake like a crash; the attempts below do not.
+        # Ray would start the group again after any exception, a user's mistake too; we do after lost workers.
         run_config=RunConfig(
             name=name,
             storage_path=path,
@@ -77,7 +77,7 @@ def run_trainer(
             found = _find_prism_error(error)
             if found:
                 raise found from None
-            if attempt == max_failures:
+            if attempt == max_failures or not _lost_worker(error):
                 raise RunError(
                     f"{name}: training failed ({_last_line(error)}); run the same command again to resume"
                 ) from error
@@ -112,6 +112,12 @@ def _find_prism_error(error: BaseException) -> PrismError | None:
         todo += [getattr(item, name, None) for name in ("__cause__", "__context__", "cause")]
         todo += list((getattr(item, "worker_failures", None) or {}).values())
     return None
+
+
+def _lost_worker(error: BaseException) -> bool:
+    """Whether a worker died, by Ray's word, rather than its code having raised."""
+    failures = (getattr(error, "worker_failures", None) or {}).values()
+    return any(type(failure).__module__.partition(".")[0] == "ray" for failure in failures)
 
 
 def _last_line(error: BaseException) -> str:
