@@ -23,9 +23,7 @@ def random_real_uri(out_uri: str) -> str:
     return storage.join(out_uri, "baselines", "random_real")
 
 
-def choose_real(
-    labels: list[list[int]], num_classes: int, ipc: int, seed: int
-) -> list[list[tuple[int, int]]]:
+def choose_real(labels: list[list[int]], num_classes: int, ipc: int, seed: int) -> list[list[tuple[int, int]]]:
     """Choose real images, without repeats within a class.
 
     Args:
@@ -48,8 +46,7 @@ def choose_real(
     for label, candidates in enumerate(members):
         if len(candidates) < ipc:
             raise UserError(
-                f"data: class {label} has {len(candidates)} images, fewer than ipc = {ipc}; "
-                "lower ipc or add images"
+                f"data: class {label} has {len(candidates)} images, fewer than ipc = {ipc}; lower ipc or add images"
             )
         picks = generator(seed, "random_real", label).choice(len(candidates), ipc, replace=False)
         chosen.append([candidates[i] for i in picks])

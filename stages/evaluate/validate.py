@@ -21,7 +21,7 @@ from stages.data import DataSpec
 from stages.evaluate.jobs import StudentJob
 from stages.evaluate.store import StudentStore
 from stages.images import to_pixels
-from stages.teachers.build import build_network
+from stages.teachers.build import build_network, memory_format
 
 # Rows of a unit: seconds to minutes of work, so that pools of any size end together.
 SLICE_ROWS = 1000
@@ -39,12 +39,12 @@ def count_correct(network: nn.Module, pixels: Tensor, labels: Tensor, data: Data
         labels: int64 [n].
         data: normalisation.
     """
-    device = next(network.parameters()).device
+    device, layout = next(network.parameters()).device, memory_format(network)
     top1 = top5 = 0
     with torch.inference_mode():
         for start in range(0, len(labels), BATCH):
             x = data.normalise(pixels[start : start + BATCH].to(device))
-            logits = network(x.contiguous(memory_format=torch.channels_last))
+            logits = network(x.contiguous(memory_format=layout))
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu()
             hits = best == labels[start : start + BATCH, None]
             top1 += int(hits[:, 0].sum())
@@ -97,7 +97,8 @@ class ValidateStage:
         key = job.network.model_dump_json()
         if key not in self.networks:
             network = build_network(job.network, self.data.num_classes, self.data.channels)
-            self.networks[key] = network.to(device=self.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+            layout = memory_format(network)
+            self.networks[key] = network.to(device=self.device, memory_format=layout).eval()  # type: ignore[call-overload]
         return self.networks[key]
 
     def _store(self, job: StudentJob) -> StudentStore:
@@ -128,8 +129,7 @@ class ValidateStage:
             return to_pixels(image["bytes"], self.data.image_size, self.data.channels)
         except ValueError as error:
             raise UserError(
-                f"{self.dataset.shard_uri(shard)}: image {image['path']} is unreadable ({error}); "
-                "import the data again"
+                f"{self.dataset.shard_uri(shard)}: image {image['path']} is unreadable ({error}); import the data again"
             ) from None
 
 

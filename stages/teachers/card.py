@@ -61,9 +61,7 @@ class TeacherCard(Frozen):
 
 def write_card(folder: str, card: TeacherCard) -> None:
     """Commit a card; it is written after the weights, so its presence says that the teacher is complete."""
-    storage.write_json(
-        storage.join(folder, CARD_FILE), {**card.model_dump(mode="json"), "bn_layers": card.bn_layers}
-    )
+    storage.write_json(storage.join(folder, CARD_FILE), {**card.model_dump(mode="json"), "bn_layers": card.bn_layers})
 
 
 def read_card(folder: str) -> TeacherCard | None:

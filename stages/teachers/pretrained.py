@@ -56,9 +56,7 @@ def load_pretrained(spec: NetworkSpec, channels: int, field: str) -> Pretrained:
         return _timm(name, spec, channels, field)
     if source == "torchvision":
         return _torchvision(name, spec, channels, field)
-    raise UserError(
-        f"{field}.weights: {spec.arch} has no pretrained weights; give a weights file, or none to train it"
-    )
+    raise UserError(f"{field}.weights: {spec.arch} has no pretrained weights; give a weights file, or none to train it")
 
 
 def _timm(name: str, spec: NetworkSpec, channels: int, field: str) -> Pretrained:
@@ -66,9 +64,7 @@ def _timm(name: str, spec: NetworkSpec, channels: int, field: str) -> Pretrained
 
     config = timm.models.get_pretrained_cfg(name, allow_unregistered=False)
     if config is None or not config.has_weights:
-        raise UserError(
-            f"{field}.weights: timm publishes no weights for {name}; see timm.list_models(pretrained=True)"
-        )
+        raise UserError(f"{field}.weights: timm publishes no weights for {name}; see timm.list_models(pretrained=True)")
     overlay: dict[str, Any] = {}
     if config.hf_hub_id:
         cached = _in_hub_cache(config.hf_hub_id, config.hf_hub_filename)
@@ -78,8 +74,8 @@ def _timm(name: str, spec: NetworkSpec, channels: int, field: str) -> Pretrained
             import huggingface_hub
 
             _reach(huggingface_hub.constants.ENDPOINT, spec.arch, field)
-    elif not _in_torch_cache(config.url):
-        _reach(config.url, spec.arch, field)
+    elif not _in_torch_cache(str(config.url)):
+        _reach(str(config.url), spec.arch, field)
     with _download(spec.arch, field):
         network = timm.create_model(
             name, pretrained=True, pretrained_cfg_overlay=overlay, in_chans=channels, **spec.kwargs
@@ -110,9 +106,7 @@ def _torchvision(name: str, spec: NetworkSpec, channels: int, field: str) -> Pre
     import torchvision
 
     if channels != 3:
-        raise UserError(
-            f"{field}.arch: {spec.arch} takes colour images only; use timm, which adapts the first layer"
-        )
+        raise UserError(f"{field}.arch: {spec.arch} takes colour images only; use timm, which adapts the first layer")
     known = torchvision.models.get_model_weights(name)
     # Not the library's newest default: the published methods recover from the first version's statistics.
     weights = known.__members__.get("IMAGENET1K_V1") or known.DEFAULT
@@ -170,6 +164,7 @@ def _download(arch: str, field: str) -> Any:
 
 def _unreachable(arch: str, field: str, reason: str) -> UserError:
     return UserError(
-        f"{field}.weights: the pretrained weights of {arch} are not in the local cache and could not be had from the hub "
-        f"({reason}); download them on a machine with a network and give the file: `weights: /path/file.safetensors`"
+        f"{field}.weights: the pretrained weights of {arch} are not in the local cache and could not be had from the "
+        f"hub ({reason}); download them on a machine with a network and give the file: "
+        "`weights: /path/file.safetensors`"
     )

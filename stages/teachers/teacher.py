@@ -65,9 +65,7 @@ class Teacher(nn.Module):
         # ((x · σ + μ) − μ') / σ' = x · σ/σ' + (μ − μ')/σ'
         self.register_buffer("scale", (run[1] / own[1]).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("shift", ((run[0] - own[0]) / own[1]).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer(
-            "matrix", resize_matrix(data.image_size, self.resize, self.input_size), persistent=False
-        )
+        self.register_buffer("matrix", resize_matrix(data.image_size, self.resize, self.input_size), persistent=False)
         self.register_buffer("index", torch.tensor(self.outputs), persistent=False)
         self._same_space = self.mean == list(data.mean) and self.std == list(data.std)
         self._same_size = self.input_size == self.resize == data.image_size
@@ -170,9 +168,7 @@ def fresh_teacher(name: str, spec: TeacherSpec, data: DataSpec, seed: int) -> Te
     field = f"teachers.{name}"
     classes = data.num_classes
     if spec.num_outputs not in (None, classes) or spec.class_index is not None:
-        raise UserError(
-            f"{field}: num_outputs and class_index are for given weights; leave them out to train it"
-        )
+        raise UserError(f"{field}: num_outputs and class_index are for given weights; leave them out to train it")
     try:
         network = build_network(spec, classes, data.channels, seed=seed)
         teacher = _wrap(name, spec, network, classes, data, None, None)
@@ -207,9 +203,7 @@ def _wrap(
     input_size = spec.input_size or (known.input_size if known else None) or data.image_size
     resize = spec.resize or (card.resize if card and not spec.input_size else None) or input_size
     if resize < input_size:
-        raise UserError(
-            f"{field}.resize: {resize} is less than input_size = {input_size}; raise it or leave it out"
-        )
+        raise UserError(f"{field}.resize: {resize} is less than input_size = {input_size}; raise it or leave it out")
     names = class_names or (list(data.class_names) if outputs is None else None)
     return Teacher(
         name, network, data, num_outputs=num_outputs, outputs=outputs, class_names=names,
@@ -225,9 +219,7 @@ def _num_outputs(spec: TeacherSpec, card: TeacherCard | None, data: DataSpec, fi
     if spec.class_names:
         return len(spec.class_names)
     if spec.class_index:
-        raise UserError(
-            f"{field}.num_outputs: needed beside class_index; give the number of the network's classes"
-        )
+        raise UserError(f"{field}.num_outputs: needed beside class_index; give the number of the network's classes")
     return data.num_classes
 
 
@@ -251,9 +243,7 @@ def match_classes(
         UserError: count, order or names do not fit.
     """
     if class_names is not None and len(class_names) != num_outputs:
-        raise UserError(
-            f"{field}.class_names: {len(class_names)} names for {num_outputs} outputs; name every output"
-        )
+        raise UserError(f"{field}.class_names: {len(class_names)} names for {num_outputs} outputs; name every output")
     if class_index is not None:
         lacking = [c for c in wanted if c not in class_index]
         if lacking:
@@ -265,14 +255,12 @@ def match_classes(
         wrong = [c for c, k in zip(wanted, outputs, strict=True) if not 0 <= k < num_outputs]
         if wrong or len(set(outputs)) < len(outputs):
             what = f"{wrong[0]} → {class_index[wrong[0]]}" if wrong else "two classes share an output"
-            raise UserError(
-                f"{field}.class_index: {what}; give each class one of the outputs 0 … {num_outputs - 1}"
-            )
+            raise UserError(f"{field}.class_index: {what}; give each class one of the outputs 0 … {num_outputs - 1}")
         return outputs
     if num_outputs != len(wanted):
         raise UserError(
-            f"{field}: the network has {num_outputs} classes, the data have {len(wanted)}; say which output is which class "
-            f"with {field}.class_index, or set num_outputs to the network's own"
+            f"{field}: the network has {num_outputs} classes, the data have {len(wanted)}; say which output is which "
+            f"class with {field}.class_index, or set num_outputs to the network's own"
         )
     if class_names is not None and list(class_names) != list(wanted):
         k = next(i for i, (a, b) in enumerate(zip(class_names, wanted, strict=True)) if a != b)

@@ -32,12 +32,11 @@ def read_weights_bytes(uri: str) -> bytes:
     except UserError:
         raise
     except FileNotFoundError:
-        raise UserError(
-            f"{uri}: there is no such weights file; correct the path or download the file first"
-        ) from None
+        raise UserError(f"{uri}: there is no such weights file; correct the path or download the file first") from None
     except Exception as error:
         raise UserError(
-            f"{uri}: the weights file cannot be read ({str(error) or type(error).__name__}); check the path and its rights"
+            f"{uri}: the weights file cannot be read ({str(error) or type(error).__name__}); "
+            "check the path and its rights"
         ) from None
 
 
@@ -64,13 +63,11 @@ def parse_state(content: bytes, what: str) -> dict[str, Any]:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
-            f"{what}: reading this file needs unpickling, which can run foreign code, and is refused; load it where you "
-            "trust it and save the network's state_dict again with safetensors.torch.save_file"
+            f"{what}: reading this file needs unpickling, which can run foreign code, and is refused; load it where "
+            "you trust it and save the network's state_dict again with safetensors.torch.save_file"
         ) from None
     except Exception as error:
-        raise UserError(
-            f"{what}: damaged torch file ({_first_line(error)}); copy or download it again"
-        ) from None
+        raise UserError(f"{what}: damaged torch file ({_first_line(error)}); copy or download it again") from None
     if not isinstance(state, dict):
         raise UserError(f"{what}: holds a {type(state).__name__}, not a state dict; save model.state_dict()")
     return state
@@ -104,8 +101,8 @@ def apply_weights(model: nn.Module, state: Mapping[str, Any], key_map: KeyMap, w
     ]
     if problems:
         raise UserError(
-            f"{what}: the weights do not fit the architecture: {', '.join(problems)}; map or ignore names with key_map, "
-            "or correct arch, kwargs and num_outputs"
+            f"{what}: the weights do not fit the architecture: {', '.join(problems)}; map or ignore names with "
+            "key_map, or correct arch, kwargs and num_outputs"
         )
     model.load_state_dict(tensors, strict=False)
 
@@ -115,14 +112,13 @@ def _select(state: Mapping[str, Any], key_map: KeyMap, what: str) -> Mapping[str
     if key_map.state_key is not None:
         if not isinstance(state.get(key_map.state_key), Mapping):
             raise UserError(
-                f"{what}: key_map.state_key = {key_map.state_key!r} is no state dict of the file, which holds {_some(list(state))}"
+                f"{what}: key_map.state_key = {key_map.state_key!r} is no state dict of the file, which holds "
+                f"{_some(list(state))}"
             )
         return state[key_map.state_key]
     nested = [k for k, v in state.items() if isinstance(v, Mapping)]
     if nested:
-        raise UserError(
-            f"{what}: the file holds {_some(nested)}, not tensors alone; name one with key_map.state_key"
-        )
+        raise UserError(f"{what}: the file holds {_some(nested)}, not tensors alone; name one with key_map.state_key")
     return state
 
 
@@ -136,17 +132,13 @@ def _map_names(state: Mapping[str, Any], key_map: KeyMap, what: str) -> dict[str
             try:
                 name = re.sub(pattern, replacement, name)
             except (re.error, IndexError) as error:
-                raise UserError(
-                    f"{what}: key_map.rename: {pattern!r} → {replacement!r} is invalid ({error})"
-                ) from None
+                raise UserError(f"{what}: key_map.rename: {pattern!r} → {replacement!r} is invalid ({error})") from None
         if not isinstance(value, Tensor):
             raise UserError(
                 f"{what}: {original} is a {type(value).__name__}, not a tensor; drop it with key_map.ignore_unexpected"
             )
         if name in out:
-            raise UserError(
-                f"{what}: key_map gives two names of the file the same new name {name}; correct its rename"
-            )
+            raise UserError(f"{what}: key_map gives two names of the file the same new name {name}; correct its rename")
         out[name] = value
     return out
 
