@@ -41,7 +41,7 @@ def run_trainer(
         PrismError: the one that ``loop`` raised, in its own words.
         RunError: the workers failed otherwise.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     total_cpus, total_gpus = cluster_totals()
@@ -67,6 +67,7 @@ def run_trainer(
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=0),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
     )
     for attempt in range(max_failures + 1):

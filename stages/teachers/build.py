@@ -126,9 +126,9 @@ def memory_format(network: nn.Module) -> torch.memory_format:
     in the backward pass of one that is laid out channels last.
     """
     for layer in network.modules():
-        strided = isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and max(layer.stride) > 1
-        if strided and layer.in_channels < 8:
-            return torch.contiguous_format
+        match layer:
+            case nn.Conv2d(kernel_size=(1, 1), stride=stride, in_channels=inputs) if max(stride) > 1 and inputs < 8:
+                return torch.contiguous_format
     return torch.channels_last
 
 

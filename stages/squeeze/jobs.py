@@ -1,0 +1,157 @@
+"""What is to be done for one teacher, what identifies it, and where a finished one lives."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from torch import nn
+
+from cluster import storage
+from cluster.errors import UserError
+from cluster.resources import Frozen
+from cluster.version import __version__
+from stages.data import DataSpec
+from stages.squeeze.options import SqueezeOptions
+from stages.teachers.accuracy import Accuracy
+from stages.teachers.build import split_arch
+from stages.teachers.card import CARD_FILE, WEIGHTS_FILE, TeacherCard, read_card, write_card
+from stages.teachers.options import TeacherSpec
+from stages.teachers.teacher import Teacher
+from stages.teachers.weights import read_weights_bytes, save_weights
+
+
+class TeacherJob(Frozen):
+    """One teacher that has no card yet.
+
+    Attributes:
+        name: of the teacher.
+        spec: what is asked for; with weights it is adopted, without it is trained.
+        epochs, lr: of its training.
+        key: identifies the result of the training: equal keys give equal weights.
+    """
+
+    name: str
+    spec: TeacherSpec
+    epochs: int
+    lr: float
+    key: str
+
+    @property
+    def steps(self) -> int:
+        """Its share of the progress: epochs; an adoption counts as one."""
+        return 1 if self.spec.weights is not None else self.epochs
+
+
+def teacher_folder(out_uri: str, name: str) -> str:
+    """``OUT/teachers/NAME``."""
+    return storage.join(out_uri, "teachers", name)
+
+
+def plan_job(
+    name: str, spec: TeacherSpec, options: SqueezeOptions, data: DataSpec, fingerprints: list[str], seed: int
+) -> TeacherJob:
+    """The job of a teacher.
+
+    Args:
+        name: of the teacher; its random numbers come from it.
+        spec: what is asked for.
+        options: of all trainings.
+        data: the space of the images.
+        fingerprints: of the training and the validation data.
+        seed: of the run.
+    """
+    epochs, lr = spec.epochs or options.epochs, spec.lr or options.lr
+    content = {
+        "name": name,
+        "network": spec.model_dump(mode="json", exclude={"weights", "key_map", "epochs", "lr"}),
+        "code": _code_digest(spec.arch),
+        "squeeze": options.model_dump(mode="json", exclude={"cache", "epochs", "lr"}),
+        "epochs": epochs,
+        "lr": lr,
+        "data": asdict(data),
+        "fingerprints": fingerprints,
+        "seed": seed,
+        "version": __version__,
+    }
+    key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return TeacherJob(name=name, spec=spec, epochs=epochs, lr=lr, key=key)
+
+
+def _code_digest(arch: str) -> str | None:
+    """Digest of a user's own file, whose content may change under the same name."""
+    source, name = split_arch(arch)
+    if source != "user":
+        return None
+    where = name.rpartition(":")[0]
+    try:
+        found = where if where.endswith(".py") else getattr(importlib.util.find_spec(where), "origin", None)
+        return hashlib.sha256(Path(found or "").expanduser().read_bytes()).hexdigest()
+    except (OSError, ImportError, ValueError):
+        raise UserError(f"arch: {arch!r}: {where} is not a readable Python file or module; correct the name") from None
+
+
+def commit(out_uri: str, job: TeacherJob, teacher: Teacher, train: Accuracy | None, val: Accuracy) -> None:
+    """Write a teacher's weights, then its card, whose presence says that the teacher is complete.
+
+    Args:
+        out_uri: the run directory.
+        job: of the teacher.
+        teacher: with its final weights.
+        train: its accuracy on training images, where measured.
+        val: its accuracy on validation images.
+    """
+    folder = teacher_folder(out_uri, job.name)
+    content = save_weights(storage.join(folder, WEIGHTS_FILE), teacher.network.state_dict())
+    card = make_card(job, teacher, train, val, hashlib.sha256(content).hexdigest())
+    write_card(folder, card)
+
+
+def make_card(job: TeacherJob, teacher: Teacher, train: Accuracy | None, val: Accuracy, sha256: str) -> TeacherCard:
+    """The card of a finished teacher; ``sha256`` is that of its weights file."""
+    identity = teacher.outputs == list(range(teacher.num_outputs))
+    return TeacherCard(
+        arch=job.spec.arch,
+        kwargs=job.spec.kwargs,
+        num_outputs=teacher.num_outputs,
+        class_names=teacher.class_names,
+        class_index=None if identity else dict(zip(teacher.data.class_names, teacher.outputs, strict=True)),
+        input_size=teacher.input_size,
+        resize=teacher.resize,
+        mean=teacher.mean,
+        std=teacher.std,
+        bn_channels=[layer.num_features for layer in teacher.bn_layers],
+        parameters=_count(teacher.network),
+        train_top1=train.top1 if train else None,
+        train_images=train.images if train else 0,
+        val_top1=val.top1,
+        val_top1_all=val.top1_all,
+        val_images=val.images,
+        sha256=sha256,
+        origin=job.spec.weights or "squeeze",
+    )
+
+
+def _count(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+def copy_teacher(source: str, target: str) -> bool:
+    """Copy a complete teacher from one folder to another, the card last.
+
+    Returns:
+        False where ``source`` holds no complete teacher with the weights its card names.
+    """
+    try:
+        card = read_card(source)
+        content = read_weights_bytes(storage.join(source, WEIGHTS_FILE)) if card else b""
+    except UserError:
+        return False
+    if card is None or hashlib.sha256(content).hexdigest() != card.sha256:
+        return False
+    storage.write_bytes(storage.join(target, WEIGHTS_FILE), content)
+    storage.write_bytes(storage.join(target, CARD_FILE), storage.read_bytes(storage.join(source, CARD_FILE)))
+    return True

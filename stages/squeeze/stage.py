@@ -1,0 +1,324 @@
+"""Squeeze: every teacher of the run ends with weights and a card, whether given or trained."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from cluster import storage
+from cluster.errors import RunError
+from cluster.progress import ProgressWriter, follow
+from cluster.resources import TrainResources
+from cluster.rng import derive_seed
+from cluster.shards import Dataset, load_dataset
+from stages.data import DataSpec
+from stages.squeeze.core import TeacherTraining, train_epochs
+from stages.squeeze.data import RealImages
+from stages.squeeze.jobs import TeacherJob, commit, copy_teacher, plan_job, teacher_folder
+from stages.squeeze.options import SqueezeOptions
+from stages.teachers.accuracy import Accuracy, top1
+from stages.teachers.card import read_card
+from stages.teachers.options import TeacherSpec
+from stages.teachers.teacher import Teacher, fresh_teacher, load_teacher
+
+# A given teacher is measured on so many validation images (standard error below 0.8 points), a trained one on all;
+# both on so many training images.
+GIVEN_VAL_IMAGES = 5000
+TRAIN_IMAGES = 2000
+
+
+class Checkpoints(Protocol):
+    """Where the state of the training in progress is kept."""
+
+    def load(self) -> bytes | None:
+        """The state saved last."""
+        ...
+
+    def save(self, content: bytes | None, metrics: dict[str, Any]) -> None:
+        """Keep a state; workers other than the first pass None."""
+        ...
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One of the processes that train together.
+
+    Attributes:
+        checkpoints: of the group.
+        device: to train on.
+        rank, world: which of how many.
+        wrap: makes a network data-parallel.
+    """
+
+    checkpoints: Checkpoints
+    device: str = "cpu"
+    rank: int = 0
+    world: int = 1
+    wrap: Callable[[nn.Module], nn.Module] = lambda network: network
+
+
+@dataclass(frozen=True)
+class FileCheckpoints:
+    """One file, for a single process without Ray."""
+
+    uri: str
+
+    def load(self) -> bytes | None:
+        """The state saved last."""
+        try:
+            return storage.read_bytes(self.uri)
+        except FileNotFoundError:
+            return None
+
+    def save(self, content: bytes | None, metrics: dict[str, Any]) -> None:
+        """Replace the file."""
+        if content is not None:
+            storage.write_bytes(self.uri, content)
+
+
+class RayCheckpoints:
+    """Ray Train's checkpoints, which it keeps in the run directory and hands back after a crash or a kill."""
+
+    FILE = "state.pt"
+
+    def load(self) -> bytes | None:
+        """The state reported last."""
+        import ray.train
+
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return None
+        with checkpoint.as_directory() as folder:
+            return (Path(folder) / self.FILE).read_bytes()
+
+    def save(self, content: bytes | None, metrics: dict[str, Any]) -> None:
+        """Report; all workers must."""
+        import ray.train
+
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = None
+            if content is not None:
+                (Path(folder) / self.FILE).write_bytes(content)
+                checkpoint = ray.train.Checkpoint.from_directory(folder)
+            ray.train.report(metrics, checkpoint=checkpoint)
+
+
+def squeeze_teachers(
+    out_uri: str,
+    teachers: Mapping[str, TeacherSpec],
+    data: DataSpec,
+    train_uri: str,
+    val_uri: str,
+    options: SqueezeOptions,
+    resources: TrainResources,
+    seed: int,
+    *,
+    serial: bool = False,
+) -> None:
+    """Give every teacher that has no card yet its weights and card in ``OUT/teachers/NAME/``.
+
+    Given weights are checked, measured and copied; the others are looked up in ``options.cache`` and else trained,
+    one after the other in one Ray Train worker group. A run that is killed goes on at the next epoch of the teacher
+    it was at, with the same result.
+
+    Args:
+        out_uri: the run directory.
+        teachers: name → specification.
+        data: the space of the images.
+        train_uri: folder of the training images' shards.
+        val_uri: folder of the validation images' shards.
+        options: of the training.
+        resources: of the worker group.
+        seed: of the run.
+        serial: in this process, without Ray.
+
+    Raises:
+        UserError: weights or architecture do not fit.
+        RunError: training failed; what is finished is kept.
+    """
+    fingerprints = [load_dataset(train_uri, "data.train").fingerprint, load_dataset(val_uri, "data.val").fingerprint]
+    jobs = [plan_job(name, spec, options, data, fingerprints, seed) for name, spec in teachers.items()]
+    # Given weights first: what is wrong with them shows before hours are spent on the others.
+    pending = sorted((job for job in jobs if _missing(out_uri, job, options)), key=lambda job: job.spec.weights is None)
+    if not pending:
+        return
+    progress_uri = storage.join(out_uri, "progress", "squeeze")
+    storage.remove(progress_uri)
+    arguments: dict[str, Any] = {
+        "out_uri": out_uri,
+        "jobs": [job.model_dump(mode="json") for job in pending],
+        "data": asdict(data),
+        "train_uri": train_uri,
+        "val_uri": val_uri,
+        "options": options.model_dump(mode="json"),
+        "seed": seed,
+    }
+    checkpoints_uri = storage.join(out_uri, "progress", "squeeze-checkpoints")
+    with follow(progress_uri, "squeeze", sum(job.steps for job in pending), "epochs"):
+        if serial:
+            run_jobs(arguments, Worker(FileCheckpoints(storage.join(checkpoints_uri, "serial.pt"))))
+        else:
+            from cluster.training import run_trainer
+
+            run_trainer(train_loop, arguments, resources, name="teachers", storage_uri=checkpoints_uri)
+    missing = [job.name for job in pending if read_card(teacher_folder(out_uri, job.name)) is None]
+    if missing:
+        raise RunError(f"squeeze: {', '.join(missing)} did not finish; run the same command again to resume")
+    storage.remove(checkpoints_uri)
+
+
+def _missing(out_uri: str, job: TeacherJob, options: SqueezeOptions) -> bool:
+    """Whether work is left for a teacher, after a look into the cache."""
+    folder = teacher_folder(out_uri, job.name)
+    if read_card(folder) is not None:
+        return False
+    cached = _cached(job, options)
+    return cached is None or not copy_teacher(cached, folder)
+
+
+def _cached(job: TeacherJob, options: SqueezeOptions) -> str | None:
+    """Folder of a trained teacher in the cache, None where it has no place there."""
+    return storage.join(options.cache, job.key) if options.cache and job.spec.weights is None else None
+
+
+def train_loop(arguments: dict[str, Any]) -> None:
+    """What each Ray Train worker runs."""
+    import ray.train
+    import ray.train.torch
+
+    context = ray.train.get_context()
+    world = context.get_world_size()
+    device, rank = str(ray.train.torch.get_device()), context.get_world_rank()
+    if world > 1:
+        run_jobs(arguments, Worker(RayCheckpoints(), device, rank, world, ray.train.torch.prepare_model))
+    else:
+        run_jobs(arguments, Worker(RayCheckpoints(), device))
+
+
+def run_jobs(arguments: dict[str, Any], worker: Worker) -> None:
+    """Adopt or train teachers one after the other; the images are decoded once for all.
+
+    Args:
+        arguments: plain values, see ``squeeze_teachers``.
+        worker: this process.
+    """
+    out_uri, seed = arguments["out_uri"], arguments["seed"]
+    jobs = [TeacherJob.model_validate(job) for job in arguments["jobs"]]
+    options = SqueezeOptions.model_validate(arguments["options"])
+    data = DataSpec(**arguments["data"])
+    train, val = load_dataset(arguments["train_uri"], "data.train"), load_dataset(arguments["val_uri"], "data.val")
+    real = RealImages(train, data, rank=worker.rank, world=worker.world)
+    real_val = RealImages(val, data, rank=worker.rank, world=worker.world)
+    writer = ProgressWriter(storage.join(out_uri, "progress", "squeeze"), "teachers")
+    total, done = sum(job.steps for job in jobs), 0
+
+    def say(epochs: int, message: str) -> None:
+        if worker.rank == 0:
+            writer.update(done + epochs, total, message, force=True)
+
+    for job in jobs:
+        # A worker group that was restarted finds the teachers it had finished.
+        if read_card(teacher_folder(out_uri, job.name)) is None:
+            if job.spec.weights is not None:
+                adopt(out_uri, job, data, train, val, worker)
+                say(1, f"{job.name} taken over")
+            else:
+                train_teacher(out_uri, job, data, (real, real_val), train, options, seed, worker, say)
+        done += job.steps
+
+
+def adopt(out_uri: str, job: TeacherJob, data: DataSpec, train: Dataset, val: Dataset, worker: Worker) -> None:
+    """Load, check and measure given weights, and copy them into the run under the architecture's own names.
+
+    Raises:
+        UserError: the weights do not fit.
+    """
+    if worker.rank == 0:
+        teacher = load_teacher(job.name, job.spec, data, worker.device)
+        commit(
+            out_uri,
+            job,
+            teacher,
+            top1(teacher, train, worker.device, TRAIN_IMAGES),
+            top1(teacher, val, worker.device, GIVEN_VAL_IMAGES),
+        )
+
+
+def train_teacher(
+    out_uri: str,
+    job: TeacherJob,
+    data: DataSpec,
+    images: tuple[RealImages, RealImages],
+    train: Dataset,
+    options: SqueezeOptions,
+    seed: int,
+    worker: Worker,
+    say: Callable[[int, str], None],
+) -> Teacher:
+    """Train one teacher from where it was left, commit it and put it into the cache.
+
+    Args:
+        out_uri: the run directory.
+        job: of the teacher.
+        data: the space of the images.
+        images: training and validation images.
+        train: the training images' dataset.
+        options: of the training.
+        seed: of the run.
+        worker: this process.
+        say: told (finished epochs, message).
+
+    Raises:
+        RunError: the loss diverged.
+    """
+    device = torch.device(worker.device)
+    teacher = fresh_teacher(job.name, job.spec, data, derive_seed(seed, "teacher", job.name))
+    training = TeacherTraining(
+        teacher, options, job.epochs, job.lr, seed, device, worker.rank, worker.world, worker.wrap
+    )
+    state = _unpack(worker.checkpoints.load(), job, device)
+    if state:
+        training.restore(state)
+    say(training.epoch, f"{job.name} epoch {training.epoch}/{job.epochs}")
+    for _ in train_epochs(training, *images):
+        metrics = {
+            "teacher": job.name,
+            "epoch": training.epoch,
+            "loss": training.losses[-1],
+            "val_top1": training.accuracies[-1],
+        }
+        content = _pack(training, job) if worker.rank == 0 else None
+        worker.checkpoints.save(content, metrics)
+        say(
+            training.epoch,
+            f"{job.name} epoch {training.epoch}/{job.epochs} val {100 * training.accuracies[-1]:.1f} %",
+        )
+    if worker.rank == 0:
+        val_images = images[1].dataset.num_images
+        right = training.accuracies[-1]
+        commit(out_uri, job, teacher, top1(teacher, train, device, TRAIN_IMAGES), Accuracy(right, right, val_images))
+        cached = _cached(job, options)
+        if cached:
+            copy_teacher(teacher_folder(out_uri, job.name), cached)
+    return teacher
+
+
+def _pack(training: TeacherTraining, job: TeacherJob) -> bytes:
+    buffer = io.BytesIO()
+    torch.save({**training.state(), "key": job.key}, buffer)
+    return buffer.getvalue()
+
+
+def _unpack(content: bytes | None, job: TeacherJob, device: torch.device) -> dict[str, Any] | None:
+    """The state, if it is of this job: the one saved last may be of the teacher before."""
+    if content is None:
+        return None
+    state: dict[str, Any] = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+    return state if state["key"] == job.key else None
