@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cluster.resources import Frozen
 
@@ -73,5 +73,10 @@ class TeacherSpec(NetworkSpec):
     epochs: int | None = Field(default=None, ge=1)
     lr: float | None = Field(default=None, gt=0)
 
-
-WeightsFormat = Literal["safetensors", "torch"]
+    @model_validator(mode="after")
+    def _check(self) -> TeacherSpec:
+        if self.weights is None and (self.num_outputs is not None or self.class_index is not None):
+            raise ValueError(
+                "num_outputs and class_index are for given weights; leave them out to train it on the data's classes"
+            )
+        return self

@@ -167,8 +167,6 @@ def fresh_teacher(name: str, spec: TeacherSpec, data: DataSpec, seed: int) -> Te
     """
     field = f"teachers.{name}"
     classes = data.num_classes
-    if spec.num_outputs not in (None, classes) or spec.class_index is not None:
-        raise UserError(f"{field}: num_outputs and class_index are for given weights; leave them out to train it")
     try:
         network = build_network(spec, classes, data.channels, seed=seed)
         teacher = _wrap(name, spec, network, classes, data, None, None)

@@ -62,7 +62,7 @@ def tiny_config(tiny_data, tmp_path):
             "resources": {"session": {"num_cpus": 2, "object_store_mb": 200}},
         }
         path = tmp_path / "config.yaml"
-        path.write_text(yaml.safe_dump(merge(value, sections)))
+        path.write_text(yaml.safe_dump(merge(value, sections), sort_keys=False))
         return path
 
     return make

@@ -239,6 +239,19 @@ def test_a_run_without_students_or_real_images_still_has_a_page(run):
     assert page.all("svg") == []
 
 
+def test_students_stand_in_the_order_of_the_configuration(run):
+    storage.write_bytes(
+        storage.join(run, "run.yaml"), (RUN_YAML + "evaluate: {students: {resnet18: {}, convnet: {}}}\n").encode()
+    )
+    for method in ("prism", "random_real"):
+        record = result(method, 0, 30.0, 30.0) | {"student": "convnet"}
+        storage.write_json(storage.join(run, "eval", f"a-{method}.json"), record)
+    write_report(run)
+    text, page = read_page(run)
+    assert [tag["aria-label"].split()[3] for tag in page.all("svg")][:2] == ["resnet18", "convnet"]
+    assert text.count("points over random") == 2
+
+
 def test_a_worse_method_is_not_hidden(run):
     for seed in (0, 1):
         record = result("random_real", seed, 60.0, 60.0)
