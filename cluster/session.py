@@ -20,7 +20,7 @@ os.environ.setdefault("RAY_DEDUP_LOGS", "1")
 import ray
 import ray.data
 
-from cluster.errors import UserError
+from cluster.errors import RunError, UserError
 from cluster.resources import Frozen
 
 OBJECT_STORE_MIN = 128 * 2**20
@@ -57,27 +57,27 @@ def ray_session(options: SessionOptions) -> Iterator[None]:
 
     Raises:
         UserError: ``address`` does not answer.
+        RunError: a private session does not start.
     """
     owned = not ray.is_initialized()
     if owned:
         common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
         if options.address is None:
-            ray.init(
-                "local",
-                num_cpus=options.num_cpus,
-                object_store_memory=_object_store_bytes(options),
-                include_dashboard=False,
-                _temp_dir=os.environ.get("RAY_TMPDIR") or os.path.join(tempfile.gettempdir(), "ray"),
-                **common,
-            )
-        else:
-            try:
-                ray.init(options.address, **common)
-            except Exception as error:
-                raise UserError(
-                    f"resources.session.address: no Ray cluster answers at {options.address} ({error}); "
-                    "start one or leave the field out for a private session"
-                ) from None
+            common |= {
+                "num_cpus": options.num_cpus,
+                "object_store_memory": _object_store_bytes(options),
+                "include_dashboard": False,
+                "_temp_dir": os.environ.get("RAY_TMPDIR") or os.path.join(tempfile.gettempdir(), "ray"),
+            }
+        try:
+            ray.init(options.address or "local", **common)
+        except Exception as error:
+            if options.address is None:
+                raise RunError(f"Ray could not start on this machine ({error}); is it overloaded? run again") from None
+            raise UserError(
+                f"resources.session.address: no Ray cluster answers at {options.address} ({error}); "
+                "start one or leave the field out for a private session"
+            ) from None
     configure_data(options)
     try:
         yield

@@ -105,8 +105,8 @@ def _svg(figure: Figure, label: str) -> str:
         for name, spine in axes.spines.items():
             spine.set_visible(name in ("left", "bottom"))
             spine.set_color(INK)
-        legend = axes.legend(frameon=False, labelcolor=INK)
-        legend.set_in_layout(True)
+        # Above the chart, where it covers no data.
+        axes.legend(frameon=False, labelcolor=INK, loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
     out = io.StringIO()
     # The salt keeps the ids of several charts on one page apart, and the same for the same chart.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label, "font.family": "sans-serif"}):

@@ -50,7 +50,9 @@ def write_report(out: str) -> None:
         raise UserError(f"{where} is not valid JSON; delete it and run the configuration again") from None
     run_text = storage.read_bytes(storage.join(out, RUN_FILE)).decode()
     run = parse_yaml(run_text, RUN_FILE)
-    results = read_results(out)
+    students = list((run.get("evaluate") or {}).get("students") or {})
+    # In the order of the configuration; read_results goes by file name.
+    results = sorted(read_results(out), key=lambda r: students.index(r["student"]) if r["student"] in students else 0)
     units = _read_units(storage.join(out, "recovered"))
     class_names: list[str] = next((unit["class_names"] for unit in units), [])
     page = _template().render(
@@ -88,8 +90,9 @@ def _order(method: str, recipe: str) -> tuple[int, str]:
 
 def _grouped(results: list[Record], recipe: str) -> dict[tuple[str, str], dict[str, list[Record]]]:
     """(student, protocol) → method → one record per seed."""
-    groups: dict[tuple[str, str], dict[str, list[Record]]] = defaultdict(dict)
-    for record in sorted(results, key=lambda r: (r["student"], r["protocol"], _order(r["method"], recipe), r["seed"])):
+    # Students stay in the order they come in.
+    groups: dict[tuple[str, str], dict[str, list[Record]]] = {(r["student"], r["protocol"]): {} for r in results}
+    for record in sorted(results, key=lambda r: (r["protocol"], _order(r["method"], recipe), r["seed"])):
         groups[record["student"], record["protocol"]].setdefault(record["method"], []).append(record)
     return groups
 

@@ -8,6 +8,7 @@ import uuid
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -116,6 +117,18 @@ def test_nothing_readable_at_all_is_refused(tree, tmp_path):
     with pytest.raises(UserError, match="21 of 21 images"):
         serial(tree, tmp_path / "dst")
     assert files(tmp_path / "dst") == {}
+
+
+def test_large_images_are_written_in_small_row_groups(tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "ROW_GROUP_BYTES", 4_000)
+    serial(tree, tmp_path / "dst")
+    metadata = pq.read_metadata(tmp_path / "dst" / "train" / "part-00000.parquet")
+    assert metadata.num_rows == 15
+    groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    assert max(groups) * 850 < 4_000, "a PNG of noise, 16 px, has at least 850 bytes"
+    monkeypatch.undo()
+    serial(tree, tmp_path / "one")
+    assert pq.read_metadata(tmp_path / "one" / "train" / "part-00000.parquet").num_row_groups == 1
 
 
 def test_progress_counts_images(tree, tmp_path):
