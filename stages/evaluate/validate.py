@@ -13,15 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from cluster import shards, storage
-from cluster.errors import UserError
 from cluster.progress import StageProgress
 from cluster.resources import ActorResources
 from cluster.runner import ActorStage, Row, Runner
 from stages.data import DataSpec
 from stages.evaluate.jobs import StudentJob
 from stages.evaluate.store import StudentStore
-from stages.images import to_pixels
 from stages.teachers.build import build_network, memory_format
+from stages.teachers.pixels import decode_rows
 
 # Rows of a unit: seconds to minutes of work, so that pools of any size end together.
 SLICE_ROWS = 1000
@@ -115,22 +114,13 @@ class ValidateStage:
     def _slice(self, shard: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
         key = (shard, start)
         if key not in self.decoded:
-            table = shards.read_shard(self.dataset.shard_uri(shard), ["image", "label"])
-            table = table.slice(start, stop - start)
-            pixels = np.stack([self._decode(shard, image) for image in table["image"].to_pylist()])
-            self.decoded[key] = torch.from_numpy(pixels), torch.tensor(table["label"].to_pylist())
+            uri = self.dataset.shard_uri(shard)
+            table = shards.read_shard(uri, ["image", "label"]).slice(start, stop - start)
+            self.decoded[key] = decode_rows(table, self.data, f"{uri} from row {start}")
             while len(self.decoded) > 1 and sum(p.nbytes for p, _ in self.decoded.values()) > CACHE_BYTES:
                 self.decoded.popitem(last=False)
         self.decoded.move_to_end(key)
         return self.decoded[key]
-
-    def _decode(self, shard: int, image: dict[str, Any]) -> np.ndarray:
-        try:
-            return to_pixels(image["bytes"], self.data.image_size, self.data.channels)
-        except ValueError as error:
-            raise UserError(
-                f"{self.dataset.shard_uri(shard)}: image {image['path']} is unreadable ({error}); import the data again"
-            ) from None
 
 
 def validate_students(

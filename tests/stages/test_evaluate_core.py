@@ -53,9 +53,7 @@ def network() -> nn.Module:
         return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), *head)
 
 
-def training(
-    images: ImageSet, net: nn.Module | None = None, epochs: int = 4, **options: Any
-) -> StudentTraining:
+def training(images: ImageSet, net: nn.Module | None = None, epochs: int = 4, **options: Any) -> StudentTraining:
     protocol = Protocol.model_validate({"batch": 8, "lr": 0.01, **options})
     return StudentTraining(net or network(), images, protocol, DATA, epochs, 7, CPU)
 

@@ -63,9 +63,7 @@ class Wrapped(nn.Module):
 
 def test_features_are_the_classifiers_input_whatever_the_batch() -> None:
     torch.manual_seed(0)
-    body = nn.Sequential(
-        nn.Conv2d(1, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    )
+    body = nn.Sequential(nn.Conv2d(1, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     teacher = Wrapped(nn.Sequential(body, nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3))).eval()
     pixels = torch.randint(0, 256, (11, 1, 8, 8), dtype=torch.uint8)
     images = ImageSet(pixels, torch.arange(11) % 3)
@@ -80,9 +78,7 @@ def test_features_are_the_classifiers_input_whatever_the_batch() -> None:
 
 def test_convolutional_classifiers_are_averaged_over_positions() -> None:
     torch.manual_seed(0)
-    network = nn.Sequential(
-        nn.Conv2d(1, 6, 3), nn.Conv2d(6, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    ).eval()
+    network = nn.Sequential(nn.Conv2d(1, 6, 3), nn.Conv2d(6, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
     assert classifier_of(network) is network[1]
     pixels = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8)
     found = features(Wrapped(network), ImageSet(pixels, torch.zeros(4, dtype=torch.long)), DATA)

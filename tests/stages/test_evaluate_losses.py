@@ -56,9 +56,7 @@ def test_kl_is_teacher_to_student_batch_mean_without_t_squared(
     batch: dict[str, np.ndarray], temperature: float
 ) -> None:
     p, q = softmax(batch["teacher"] / temperature), softmax(batch["logits"] / temperature)
-    expected = sum(
-        p[i, k] * (math.log(p[i, k]) - math.log(q[i, k])) for i in range(BATCH) for k in range(CLASSES)
-    )
+    expected = sum(p[i, k] * (math.log(p[i, k]) - math.log(q[i, k])) for i in range(BATCH) for k in range(CLASSES))
     assert measured(batch, loss="kl", temperature=temperature) == pytest.approx(expected / BATCH, rel=1e-10)
 
 

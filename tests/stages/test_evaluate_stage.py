@@ -97,14 +97,10 @@ def case(tmp_path: Path) -> Case:
     train_uri, val_uri, out = (str(tmp_path / name) for name in ("train", "val", "out"))
     copy_part(real, train_uri, [150, 210])
     copy_part(shards.load_dataset(str(DEMO / "val")), val_uri, [70, 160])
-    assert not any(
-        r["error"] for r in random_real(out, train_uri, data, IPC, 0, ActorResources(), run_serial)
-    )
+    assert not any(r["error"] for r in random_real(out, train_uri, data, IPC, 0, ActorResources(), run_serial))
     labels = storage.join(out, "labels")
     make_labels(labels, data, 10 * IPC)
-    options = EvaluateOptions(
-        students={"conv": CONV}, seeds=[0, 1], protocol=Protocol(batch=10, val_every=2, lr=0.01)
-    )
+    options = EvaluateOptions(students={"conv": CONV}, seeds=[0, 1], protocol=Protocol(batch=10, val_every=2, lr=0.01))
     fields: dict[str, Any] = {"recipe": "prism", "epochs": EPOCHS, "ipc": IPC, "inputs_sha": "x"}
     jobs = [
         job
@@ -158,10 +154,7 @@ def test_train_validate_commit(case: Case) -> None:
     assert result["top1_last"] == pytest.approx(expected[4][0])
     assert result["top1_best"] == pytest.approx(max(expected[2][0], expected[4][0]))
     assert result["top5_last"] == pytest.approx(expected[4][1])
-    named = {
-        k: result[k]
-        for k in ("method", "recipe", "student", "protocol", "seed", "ipc", "epochs", "val_images")
-    }
+    named = {k: result[k] for k in ("method", "recipe", "student", "protocol", "seed", "ipc", "epochs", "val_images")}
     assert named == {
         "method": "prism", "recipe": "prism", "student": "conv", "protocol": "default", "seed": 0, "ipc": IPC,
         "epochs": EPOCHS, "val_images": 230,
@@ -241,7 +234,7 @@ def test_unreadable_validation_image_is_named(case: Case) -> None:
     column = pa.array(images, shards.IMAGE_TYPE)
     shards.write_shard(uri, table.set_column(0, table.schema.field("image"), column))
     (row,) = validate_students(case.out, case.jobs[:1], case.data, case.val, ActorResources(), run_serial)
-    assert "part-00001.parquet: image five.png is unreadable" in row["error"]
+    assert "part-00001.parquet from row 0: row 5 is not a readable image" in row["error"]
     assert not Path(case.out, "eval", f"{case.jobs[0].id}.json").exists()
 
 
