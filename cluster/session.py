@@ -45,6 +45,19 @@ class SessionOptions(Frozen):
     no_progress_timeout_s: int = 6 * 3600
 
 
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Keep the line away in which Ray's C++ side announces the log level above."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def _object_store_bytes(options: SessionOptions) -> int:
     if options.object_store_mb is not None:
         return max(OBJECT_STORE_MIN, options.object_store_mb * 2**20)
@@ -71,7 +84,8 @@ def ray_session(options: SessionOptions) -> Iterator[None]:
                 "_temp_dir": os.environ.get("RAY_TMPDIR") or os.path.join(tempfile.gettempdir(), "ray"),
             }
         try:
-            ray.init(options.address or "local", **common)
+            with _silent_stderr():
+                ray.init(options.address or "local", **common)
         except Exception as error:
             if options.address is None:
                 raise RunError(f"Ray could not start on this machine ({error}); is it overloaded? run again") from None
