@@ -1,0 +1,199 @@
+"""Both runners over the same stages: same rows, failures that stay rows, pools that fit on two CPUs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray.cloudpickle
+import torch
+
+from cluster.errors import RunError, UserError
+from cluster.resources import ActorResources
+from cluster.runner import ActorStage, Guarded, Row, failures, fit_pools, run_ray, run_serial
+
+# Ray's workers cannot import a test module.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+class Add:
+    """Adds a number; remembers how often it was built."""
+
+    def __init__(self, amount: int, log: str = ""):
+        self.amount = amount
+        if log:
+            (Path(log) / f"{amount}-{os.getpid()}-{time.monotonic_ns()}").touch()
+
+    def __call__(self, row: Row) -> Row:
+        return {**row, "value": row["value"] + self.amount, "threads": torch.get_num_threads()}
+
+
+class Fail:
+    """Fails for some ids, each in its own way."""
+
+    def __call__(self, row: Row) -> Row:
+        if row["id"] == "r1":
+            raise UserError("field x: wrong; write y")
+        if row["id"] == "r2":
+            raise RunError("unit r2 (seed 7) broke")
+        if row["id"] == "r3":
+            raise ZeroDivisionError("by zero")
+        return {**row, "extra": np.arange(3.0)}
+
+
+def make_sum() -> Any:
+    """A factory that is a function, not a class."""
+    return lambda row: {"id": row["id"], "error": "", "sum": float(row["extra"].sum() + row["value"])}
+
+
+def rows(count: int = 6) -> list[Row]:
+    return [{"id": f"r{i}", "error": "", "value": i} for i in range(count)]
+
+
+def stages(log: str = "", **resources: Any) -> list[ActorStage]:
+    wanted = ActorResources(**resources)
+    return [
+        ActorStage("add", Add, {"amount": 10, "log": log}, wanted),
+        ActorStage("fail", Fail, {}, wanted),
+        ActorStage("sum", make_sum, {}, wanted),
+    ]
+
+
+EXPECTED = {
+    "r0": ("", 13.0),
+    "r1": ("fail: field x: wrong; write y", None),
+    "r2": ("fail: unit r2 (seed 7) broke", None),
+    "r3": ("fail: ZeroDivisionError: by zero", None),
+    "r4": ("", 17.0),
+    "r5": ("", 18.0),
+}
+
+
+def outcome(found: list[Row]) -> dict[str, tuple[str, float | None]]:
+    assert len(found) == len({row["id"] for row in found})
+    return {row["id"]: (row["error"], row.get("sum")) for row in sorted(found, key=lambda row: row["id"])}
+
+
+def test_serial_runs_all_rows_and_keeps_failures(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    with caplog.at_level(logging.ERROR, "prism"):
+        found = list(run_serial(rows(), stages(str(tmp_path))))
+    assert outcome(found) == EXPECTED
+    assert [row["id"] for row in failures(found)] == ["r1", "r2", "r3"]
+    # Only the unexpected one is worth a traceback.
+    assert len(caplog.records) == 1
+    assert "ZeroDivisionError" in caplog.text
+    assert "test_runner.py" in caplog.text
+    assert len(list(tmp_path.iterdir())) == 1  # built once for all rows
+
+
+def test_serial_is_lazy_and_empty_is_fine(tmp_path: Path) -> None:
+    iterator = run_serial(rows(), stages(str(tmp_path)))
+    assert not list(tmp_path.iterdir())
+    next(iterator)
+    iterator.close()
+    assert list(run_serial([], stages())) == []
+
+
+def test_threads_are_the_stages_and_then_restored() -> None:
+    before = torch.get_num_threads()
+    iterator = run_serial(rows(2), [ActorStage("add", Add, {"amount": 1}, ActorResources(threads=2))])
+    torch.set_num_threads(1)
+    try:
+        assert next(iterator)["threads"] == 2
+        iterator.close()
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_guarded_passes_failed_rows_through_untouched() -> None:
+    stage = Guarded(ActorStage("add", Add, {"amount": 1}))
+    failed = {"id": "r9", "error": "before: broke"}
+    assert stage(failed) is failed
+
+
+def cannot_start() -> Any:
+    raise UserError("teachers.a.weights: missing; give a file")
+
+
+def test_a_stage_that_cannot_start_says_so_in_every_row() -> None:
+    found = list(run_serial(rows(2), [ActorStage("add", Add, {"amount": 1}), ActorStage("load", cannot_start)]))
+    assert [row["error"] for row in found] == ["load: teachers.a.weights: missing; give a file"] * 2
+    (row,) = run_serial(rows(1), [ActorStage("add", Add, {"nonsense": 1})])
+    assert row["error"].startswith("add: TypeError: ")
+
+
+@pytest.mark.parametrize(
+    ("totals", "resources", "num_stages", "num_rows", "expected"),
+    [
+        # Two CPUs: as many actors as CPUs, all pools together below the CPUs there are.
+        ((2, 0), {}, 1, 100, (1, 2, 0.9, 0.0)),
+        ((2, 0), {}, 3, 100, (1, 2, 0.3, 0.0)),
+        ((2, 0), {"actors": 1}, 3, 100, (1, 1, 0.6, 0.0)),
+        ((2, 0), {"actors": 5}, 3, 100, (5, 5, 0.12, 0.0)),
+        # No more actors than rows; threads cost CPUs.
+        ((64, 0), {}, 1, 3, (1, 3, 1.0, 0.0)),
+        ((64, 0), {"threads": 8}, 1, 100, (1, 8, 7.2, 0.0)),
+        ((1, 0), {}, 2, 10, (1, 1, 0.45, 0.0)),
+        # GPU actors take no CPU; fractions share a device.
+        ((16, 4), {}, 1, 100, (1, 4, 0.0, 1.0)),
+        ((16, 4), {"gpus": 0.5}, 1, 100, (1, 8, 0.0, 0.5)),
+        ((16, 4), {"gpus": 0, "actors": (2, 6)}, 1, 100, (2, 6, 1.0, 0.0)),
+        # What is asked for explicitly is taken.
+        ((2, 0), {"cpus": 0.25, "actors": 2}, 1, 100, (2, 2, 0.25, 0.0)),
+    ],
+)
+def test_fit_pools(
+    monkeypatch: pytest.MonkeyPatch,
+    totals: tuple[float, float],
+    resources: dict[str, Any],
+    num_stages: int,
+    num_rows: int,
+    expected: tuple[int, int, float, float],
+) -> None:
+    monkeypatch.setattr("cluster.runner.cluster_totals", lambda: totals)
+    pools = fit_pools([ActorStage("s", Add, {}, ActorResources(**resources))] * num_stages, num_rows)
+    assert pools == [pytest.approx(expected)] * num_stages
+
+
+def test_automatic_shares_leave_room_for_a_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cpus in (1, 2, 3, 8, 96):
+        monkeypatch.setattr("cluster.runner.cluster_totals", lambda cpus=cpus: (float(cpus), 0.0))
+        for count in (1, 2, 3, 7):
+            for threads in (1, 2, 4):
+                stage = ActorStage("s", Add, {}, ActorResources(threads=threads))
+                asked = sum(high * share for _, high, share, _ in fit_pools([stage] * count, 10_000))
+                assert asked <= 0.91 * cpus
+
+
+@pytest.mark.ray
+def test_ray_equals_serial(ray_local: None, tmp_path: Path) -> None:
+    """Three automatic pools on two CPUs: finishes at all, with the serial runner's rows."""
+    found = list(run_ray(rows(), stages(str(tmp_path))))
+    assert outcome(found) == EXPECTED
+    pids = [file.name.split("-")[1] for file in tmp_path.iterdir()]
+    assert len(pids) == len(set(pids)) <= 2  # one build an actor
+    assert list(run_ray([], stages())) == []
+
+
+@pytest.mark.ray
+def test_ray_stage_that_cannot_start_says_so_in_every_row(ray_local: None) -> None:
+    """Raising in an actor's constructor would make Ray restart it without end."""
+    found = list(run_ray(rows(2), [ActorStage("load", cannot_start)]))
+    assert [row["error"] for row in found] == ["load: teachers.a.weights: missing; give a file"] * 2
+
+
+@pytest.mark.ray
+def test_many_rows_through_three_fixed_pools(ray_local: None) -> None:
+    """Six actors on two CPUs, each with the threads it was given."""
+    wanted = ActorResources(actors=2, threads=2, cpus=0.25)
+    chain = [ActorStage(f"add-{n}", Add, {"amount": n}, wanted) for n in (1, 10, 100)]
+    found = list(run_ray(rows(24), chain))
+    assert {row["id"]: row["value"] for row in found} == {f"r{i}": i + 111 for i in range(24)}
+    assert {row["threads"] for row in found} == {2}
