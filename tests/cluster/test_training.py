@@ -13,7 +13,7 @@ import ray
 
 from cluster.errors import RunError, UserError
 from cluster.resources import TrainResources
-from cluster.training import _find_prism_error, run_trainer
+from cluster.training import _find_prism_error, _lost_worker, run_trainer
 
 # Workers cannot import test modules.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -49,6 +49,8 @@ def crashes_once(config: dict[str, Any]) -> None:
             Path(folder, "count").write_text(str(count))
             ray.train.report({"count": count}, checkpoint=ray.train.Checkpoint.from_directory(folder))
         if count == 2:
+            # Waits until the controller knows of the report; it asks every two seconds.
+            ray.train.get_all_reported_checkpoints()
             os._exit(1)
 
 
@@ -68,6 +70,16 @@ def test_other_errors_are_not_users_and_cycles_end() -> None:
     first, second = ValueError("a"), ValueError("b")
     first.__cause__, second.__cause__ = second, first
     assert _find_prism_error(first) is None
+
+
+def test_only_lost_workers_are_worth_another_attempt() -> None:
+    group = RuntimeError("group failed")
+    group.worker_failures = {0: ValueError("a bug")}  # type: ignore[attr-defined]
+    assert not _lost_worker(group)
+    # With several workers the survivors raise as well.
+    group.worker_failures = {0: RuntimeError("connection reset"), 1: ray.exceptions.ActorDiedError()}  # type: ignore[attr-defined]
+    assert _lost_worker(group)
+    assert not _lost_worker(RuntimeError("no group at all"))
 
 
 @pytest.mark.ray
@@ -90,7 +102,7 @@ def test_bug_in_the_loop_is_not_retried(tmp_path: Path, ray_local: None) -> None
 
 
 @pytest.mark.ray
-def test_crash_is_retried_from_the_last_checkpoint_and_resumed_by_name(tmp_path: Path, ray_local: None) -> None:
+def test_crashed_run_goes_on_from_its_last_checkpoint_by_name(tmp_path: Path, ray_local: None) -> None:
     log = tmp_path / "log"
     arguments = (crashes_once, {"log": str(log)}, TrainResources(threads=1))
     places = {"name": "count", "storage_uri": str(tmp_path / "runs")}
