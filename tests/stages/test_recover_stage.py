@@ -185,6 +185,21 @@ def test_init_shard_holds_the_real_images(serial: tuple[Path, list[Row]], world:
     assert len(load_image_set(str(out / "recovered"), DATA)) == len(load_image_set(str(out / "init"), DATA)) == 12
 
 
+@pytest.mark.parametrize("folder", ["init", "recovered"])
+def test_hugging_face_datasets_reads_the_shards(
+    serial: tuple[Path, list[Row]], tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    files = sorted(str(p) for p in (serial[0] / folder).iterdir())
+    loaded = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path))
+    assert loaded.features["label"].names == list(CLASSES)
+    assert len(loaded) == 12
+    found = load_image_set(str(serial[0] / folder), DATA)
+    for row in loaded:
+        np.testing.assert_array_equal(np.asarray(row["image"]).transpose(2, 0, 1), found.images[row["image_id"]])
+
+
 def test_noise_units_have_no_init(world: tuple[str, Any], tmp_path: Path) -> None:
     unit = units_of([["res"]], iterations=2)[0].model_copy(update={"sources": []})
     (row,) = run_serial(recover_rows([unit]), [stage_of(world, tmp_path, ["res"], init="noise")])
