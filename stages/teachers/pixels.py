@@ -63,7 +63,7 @@ def read_pixels(
     """
     uri = dataset.shard_uri(shard)
     table = read_shard(uri, ["image", "label"])
-    return decode_rows(table if rows is None else table.take(rows), data, uri)
+    return decode_rows(table if rows is None else table.take(list(rows)), data, uri)
 
 
 def spread(dataset: Dataset, limit: int | None) -> Iterator[tuple[int, list[int] | None]]:

@@ -235,5 +235,5 @@ def test_timm_from_the_local_cache_needs_no_network(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("arch", ["builtin:resnet18", "timm:resnet10"])
 def test_no_pretrained_weights(arch):
-    with pytest.raises(UserError, match="weights|network"):
+    with pytest.raises(UserError, match=r"weights|network"):
         load_pretrained(TeacherSpec(arch=arch, weights="pretrained"), 3, "teachers.a")

@@ -15,6 +15,23 @@ def conv_bn(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int
     )
 
 
+class Projection(nn.Module):
+    """1×1 convolution of every ``stride``-th pixel.
+
+    The pixels are picked first: oneDNN's strided 1×1 kernel (CPU, torch 2.15) writes past its buffers for fewer
+    than 8 channels laid out channels last.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        self.stride = stride
+        self.conv = nn.Conv2d(inputs, outputs, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, inputs, H, W] → [B, outputs, ⌈H / stride⌉, ⌈W / stride⌉]."""
+        return self.conv(x[:, :, :: self.stride, :: self.stride])
+
+
 class Classifier(nn.Module):
     """Features, global average pooling and a linear head: works for every image size.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stages.teachers.networks.parts import Classifier, conv_bn
+from stages.teachers.networks.parts import Classifier, Projection, conv_bn
 
 
 class BasicBlock(nn.Module):
@@ -21,7 +21,9 @@ class BasicBlock(nn.Module):
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
         changes = stride != 1 or inputs != outputs
-        self.shortcut: nn.Module = conv_bn(inputs, outputs, 1, stride) if changes else nn.Identity()
+        self.shortcut: nn.Module = nn.Identity()
+        if changes:
+            self.shortcut = nn.Sequential(Projection(inputs, outputs, stride), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, inputs, H, W] → [B, outputs, ⌈H / stride⌉, ⌈W / stride⌉]."""
@@ -65,7 +67,7 @@ class PreActBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
         changes = stride != 1 or inputs != outputs
-        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if changes else None
+        self.shortcut = Projection(inputs, outputs, stride) if changes else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, inputs, H, W] → [B, outputs, ⌈H / stride⌉, ⌈W / stride⌉]."""
