@@ -65,6 +65,7 @@ class StageProgress:
     def __init__(self, title: str, total: float, unit: str = ""):
         self.title, self.total, self.unit = title, total, unit
         self.done, self.message = 0.0, ""
+        self._before = 0.0
         self._start = self._printed = time.monotonic()
         self._bar: Progress | None = None
         if console.is_terminal:
@@ -86,6 +87,13 @@ class StageProgress:
         elif exc[0] is None:
             self._line()
 
+    def resume(self, done: float) -> None:
+        """``done`` were there before; they say nothing of the speed."""
+        self._before = done
+        if self._bar:
+            self._bar.reset(self._task, completed=done, total=self.total)
+        self.done = done
+
     def set(self, done: float, message: str = "") -> None:
         """Move to ``done``; ``message`` stands beside the bar."""
         self.done, self.message = done, message or self.message
@@ -101,7 +109,8 @@ class StageProgress:
     def _line(self) -> None:
         self._printed = now = time.monotonic()
         spent = now - self._start
-        left = f", {spent / self.done * (self.total - self.done):.0f} s left" if 0 < self.done < self.total else ""
+        here = self.done - self._before
+        left = f", {spent / here * (self.total - self.done):.0f} s left" if here > 0 and self.done < self.total else ""
         count = f"{self.done:g}/{self.total:g} {self.unit}".strip()
         console.print(f"{self.title:<10} {count}, {spent:.0f} s{left}  {self.message}".rstrip(), soft_wrap=True)
 

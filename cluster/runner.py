@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from cluster.errors import PrismError
+from cluster.errors import PrismError, RunError, UserError
 from cluster.resources import ActorResources
 from cluster.session import cluster_totals
 
@@ -116,7 +116,15 @@ def run_ray(rows: list[Row], stages: list[ActorStage]) -> Iterator[Row]:
             num_cpus=cpus,
             num_gpus=gpus,
         )
-    yield from data.iter_rows()
+    try:
+        yield from data.iter_rows()
+    except Exception as error:
+        names = ", ".join(stage.name for stage in stages)
+        reason = str(error).strip().splitlines()
+        raise RunError(
+            f"{names}: Ray gave up ({reason[-1] if reason else type(error).__name__}); what is finished is kept, "
+            "run the same command again to resume"
+        ) from error
 
 
 def _named(name: str) -> type[Guarded]:
@@ -129,6 +137,9 @@ def fit_pools(stages: list[ActorStage], num_rows: int) -> list[tuple[int, int, f
 
     CPU actors ask for a fraction, such that all pools together leave part of a CPU to Ray's own tasks: a reader
     must always find one, or the pipeline stands still.
+
+    Raises:
+        UserError: the smallest pools do not fit the cluster.
     """
     total_cpus, total_gpus = cluster_totals()
     out = []
@@ -145,6 +156,16 @@ def fit_pools(stages: list[ActorStage], num_rows: int) -> list[tuple[int, int, f
         share = 0.0 if gpus else round(0.9 * total_cpus / (high * len(stages)), 3)
         cpus = wanted.cpus if wanted.cpus is not None else min(float(wanted.threads), share)
         out.append((low, high, cpus, gpus))
+    for kind, total, asked in (
+        ("CPUs", total_cpus, sum(low * cpus for low, _, cpus, _ in out)),
+        ("GPUs", total_gpus, sum(low * gpus for low, _, _, gpus in out)),
+    ):
+        # Ray would wait for them for hours without a word.
+        if asked > total + 1e-6:
+            raise UserError(
+                f"resources: {', '.join(stage.name for stage in stages)} ask for {asked:g} {kind} at least, but Ray "
+                f"has {total:g}; lower their cpus, gpus or actors"
+            )
     return out
 
 

@@ -46,6 +46,16 @@ def run_trainer(
 
     total_cpus, total_gpus = cluster_totals()
     use_gpu = resources.gpu if resources.gpu is not None else total_gpus > 0
+    for kind, total, asked in (
+        ("CPUs", total_cpus, resources.workers * resources.cpus),
+        ("GPUs", total_gpus, resources.workers * use_gpu),
+    ):
+        # Ray would wait for them without end.
+        if asked > total + 1e-6:
+            raise UserError(
+                f"resources: training {name} asks for {asked:g} {kind}, but Ray has {total:g}; "
+                "lower workers, cpus or gpu"
+            )
     threads = resources.threads or max(1, int(total_cpus) // resources.workers)
     fs, path = storage.resolve(storage_uri)
     filesystem = None

@@ -142,8 +142,15 @@ def main() -> None:
         code = 1
     except typer.Abort:
         code = 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}; run the same command again to resume", file=sys.stderr)
+        code = 1
     except Exception as error:
         click_code = getattr(error, "exit_code", None)
+        if click_code is None and type(error).__module__.partition(".")[0] in ("botocore", "aiobotocore"):
+            print(f"error: object storage: {error}; check bucket, credentials and AWS_ENDPOINT_URL", file=sys.stderr)
+            click_code = 2
         if click_code is None:
             raise
         show = getattr(error, "show", None)

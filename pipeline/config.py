@@ -29,6 +29,8 @@ NOT_IDENTITY = [
     ("evaluate", "students"),
     ("evaluate", "seeds"),
     ("evaluate", "baselines"),
+    # Students carry their own content hash and the protocol's name.
+    ("evaluate", "protocol"),
 ]
 
 
@@ -141,6 +143,9 @@ class Config(Frozen):
                 f"recover.logit_teachers has {len(recover.logit_teachers)} names; selection: {recover.selection} "
                 "has one primary teacher"
             )
+        for name in self.relabel.priors:
+            if name not in self.relabel.teachers:
+                raise ValueError(f"relabel.priors names {name!r}, which is not in relabel.teachers; remove it")
         if self.relabel.ensemble == "prior_softmax":
             lacking = [n for n in self.relabel.teachers if n not in self.relabel.priors]
             if lacking:

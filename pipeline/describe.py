@@ -13,7 +13,6 @@ from pipeline.config import Config
 from pipeline.plan import Estimate, estimate, make_plan
 from pipeline.preflight import check_networks
 from pipeline.rundir import read_run, read_seconds
-from pipeline.summary import read_results
 from stages.recover.unit import RecoverUnit
 from stages.relabel.unit import label_bytes
 from stages.teachers.describe import NetworkFacts
@@ -99,7 +98,7 @@ def print_status(out: str) -> None:
     labels = {
         n: len(storage.list_files(storage.join(out, "labels", n), ".parquet")) for n in ("distilled", "random_real")
     }
-    results = read_results(out)
+    results = storage.list_files(storage.join(out, "eval"), ".json")
     seconds = read_seconds(out)
     console.print(f"{config.name} ({config.recipe}) at {out}", soft_wrap=True)
     console.print(f"teachers   {len(teachers)}/{len(config.teachers)}: {', '.join(teachers)}", soft_wrap=True)

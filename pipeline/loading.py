@@ -23,7 +23,10 @@ RESERVED = {
     "recover.bn_norm",
     "recover.statistics",
     "recover.match",
+    "recover.batch",
+    "recover.precision",
     "relabel.bn_mode",
+    "relabel.store",
 }
 RECIPES = importlib.resources.files("pipeline") / "recipes"
 # In a recipe, which cannot know the user's teachers: the first one, and all.
@@ -38,7 +41,11 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            continue
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str | int | float | bool | None):
+            raise yaml.constructor.ConstructorError(None, None, f"{key!r} cannot be a key", key_node.start_mark)
         if key in seen:
             raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", key_node.start_mark)
         seen.add(key)
@@ -76,7 +83,7 @@ def read_config_file(uri: str) -> dict[str, Any]:
     """
     try:
         text = storage.read_bytes(uri)
-    except (FileNotFoundError, IsADirectoryError):
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise UserError(f"{uri}: no such configuration file; `prism init DIR` writes one to start from") from None
     except PermissionError:
         raise UserError(f"{uri}: not readable; fix its rights") from None
@@ -147,10 +154,8 @@ def resolve(value: dict[str, Any]) -> Config:
         UserError: one sentence for each thing that is wrong.
     """
     _refuse_reserved(value)
-    data = value.get("data")
-    size = data.get("image_size") if isinstance(data, dict) else None
     recipe = value.get("recipe", Config.model_fields["recipe"].default)
-    defaults = recipe_defaults(recipe, size if isinstance(size, int) else 0)
+    defaults = recipe_defaults(recipe, _image_size(value))
     merged = merge(defaults, value)
     teachers = list(merged["teachers"]) if isinstance(merged.get("teachers"), dict) else []
     for section, key in TEACHER_LISTS:
@@ -161,6 +166,17 @@ def resolve(value: dict[str, Any]) -> Config:
         return Config.model_validate(merged)
     except ValidationError as error:
         raise UserError("\n".join(dict.fromkeys(_sentence(e) for e in error.errors()))) from None
+
+
+def _image_size(value: dict[str, Any]) -> int:
+    """``data.image_size``, which decides on a recipe's defaults and so is checked before the rest."""
+    data = value.get("data")
+    if not isinstance(data, dict) or "image_size" not in data:
+        raise UserError("data.image_size: is required and not given; it is the side of the distilled images in pixels")
+    size = data["image_size"]
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise UserError(f"data.image_size: {size!r} is given, but it must be an integer")
+    return size
 
 
 def load_config(uri: str | None, overrides: Sequence[str] = ()) -> Config:

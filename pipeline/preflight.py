@@ -23,19 +23,26 @@ class Ready:
         train, val: the real data.
         data: the common image space.
         networks: teacher → facts of its architecture.
+        students: the same of the students.
     """
 
     train: Dataset
     val: Dataset
     data: DataSpec
     networks: dict[str, NetworkFacts]
+    students: dict[str, NetworkFacts]
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of the data."""
+        return {"train": self.train.fingerprint, "val": self.val.fingerprint}
 
 
 def check_networks(config: Config, num_classes: int) -> dict[str, NetworkFacts]:
     """Architectures exist, accept the images, and BN teachers have BatchNorm.
 
     Raises:
-        UserError: names the teacher or student.
+        UserError: names the teacher.
     """
     data = config.data
     facts = {
@@ -56,15 +63,25 @@ def check_networks(config: Config, num_classes: int) -> dict[str, NetworkFacts]:
                     "give a BN loss; take it out of the list (recover.allow_null_bn: true reproduces the published "
                     "arithmetic)"
                 )
-    for name, student in config.evaluate.students.items():
-        describe_network(
+    return facts
+
+
+def check_students(config: Config, num_classes: int) -> dict[str, NetworkFacts]:
+    """Student architectures exist and accept the images.
+
+    Raises:
+        UserError: names the student.
+    """
+    return {
+        name: describe_network(
             student,
             num_classes=num_classes,
-            channels=data.channels,
-            image_size=data.image_size,
+            channels=config.data.channels,
+            image_size=config.data.image_size,
             field=f"evaluate.students.{name}",
         )
-    return facts
+        for name, student in config.evaluate.students.items()
+    }
 
 
 def _open(uri: str | None, field: str) -> Dataset:
@@ -128,17 +145,34 @@ def check_weights(config: Config, data: DataSpec) -> None:
             load_teacher(name, spec, data)
 
 
+def weight_bytes(config: Config, students: dict[str, NetworkFacts]) -> int:
+    """Bytes of the students' weights, which wait for validation at every validated epoch."""
+    evaluate = config.evaluate
+    states = -(-config.relabel.epochs // evaluate.protocol.val_every)
+    arms = (1 + len(evaluate.baselines)) * len(evaluate.seeds)
+    return 4 * arms * states * sum(facts.parameters for facts in students.values())
+
+
 def check_space(config: Config, needed: int) -> None:
-    """The disk of a local run directory holds the planned images and labels.
+    """The disk of a local run directory holds what is planned and not yet written.
+
+    Args:
+        config: of the run.
+        needed: bytes of all images, labels and weights.
 
     Raises:
         UserError: says how much is needed and free.
     """
     free = storage.free_bytes(config.out)
-    if free is not None and needed > free:
+    if free is None:
+        return
+    folders = ["recovered", "labels/distilled", "labels/random_real"]
+    there = sum(sum(storage.list_files(storage.join(config.out, name)).values()) for name in folders)
+    if needed - there > free:
         raise UserError(
-            f"out: {config.out} has {free / 2**30:.1f} GiB free, but the planned images and labels take "
-            f"{needed / 2**30:.1f} GiB; choose a larger disk, fewer relabel.epochs or a smaller recover.ipc"
+            f"out: {config.out} has {free / 2**30:.1f} GiB free, but the planned images, labels and weights take "
+            f"{(needed - there) / 2**30:.1f} GiB more; choose a larger disk, fewer relabel.epochs, a larger "
+            "evaluate.protocol.val_every or a smaller recover.ipc"
         )
 
 
@@ -146,10 +180,11 @@ def preflight(config: Config) -> Ready:
     """All checks that need no Ray, in seconds; nothing is written."""
     train, val, data = check_data(config)
     networks = check_networks(config, data.num_classes)
+    ready = Ready(train, val, data, networks, check_students(config, data.num_classes))
     check_weights(config, data)
-    rundir.check_owner(config, train.fingerprint)
+    rundir.check_owner(config, ready.fingerprints)
     storage.check_writable(config.out, "out")
-    return Ready(train=train, val=val, data=data, networks=networks)
+    return ready
 
 
 def _some(names: list[str]) -> str:

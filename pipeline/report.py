@@ -17,7 +17,7 @@ from cluster.errors import UserError
 from pipeline.describe import human
 from pipeline.loading import parse_yaml
 from pipeline.rundir import RUN_FILE
-from pipeline.summary import SUMMARY_FILE, read_results
+from pipeline.summary import SUMMARY_FILE, read_records
 
 REPORT_FILE = "report.html"
 RANDOM_REAL = "random_real"
@@ -51,8 +51,8 @@ def write_report(out: str) -> None:
     run_text = storage.read_bytes(storage.join(out, RUN_FILE)).decode()
     run = parse_yaml(run_text, RUN_FILE)
     students = list((run.get("evaluate") or {}).get("students") or {})
-    # In the order of the configuration; read_results goes by file name.
-    results = sorted(read_results(out), key=lambda r: students.index(r["student"]) if r["student"] in students else 0)
+    # In the order of the configuration; read_records goes by file name.
+    results = sorted(read_records(out), key=lambda r: students.index(r["student"]) if r["student"] in students else 0)
     units = _read_units(storage.join(out, "recovered"))
     class_names: list[str] = next((unit["class_names"] for unit in units), [])
     page = _template().render(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
-
-from stages.squeeze.stage import squeeze_teachers
 
 from cluster import storage
 from cluster.errors import RunError, UserError
@@ -22,17 +21,18 @@ from pipeline import rundir
 from pipeline.config import Config
 from pipeline.describe import cost, print_plan, results_table
 from pipeline.plan import make_plan, save_plan, with_sources
-from pipeline.preflight import Ready, check_space, preflight
-from pipeline.summary import read_results, write_summary
+from pipeline.preflight import Ready, check_space, preflight, weight_bytes
+from pipeline.summary import SUMMARY_FILE, write_summary
 from stages.evaluate.baselines import random_real, random_real_uri
 from stages.evaluate.diversity import diversity_stage
 from stages.evaluate.jobs import HARD_LABEL, StudentJob, plan_jobs
-from stages.evaluate.stage import train_students, validate_students
+from stages.evaluate.stage import read_results, train_students, validate_students
 from stages.recover import stage as recovery
 from stages.recover.unit import RecoverUnit
 from stages.relabel import stage as relabelling
-from stages.relabel.unit import plan_units
-from stages.teachers.card import read_card
+from stages.relabel.unit import LabelUnit, plan_units
+from stages.squeeze.stage import squeeze_teachers
+from stages.teachers.card import TeacherCard, read_card
 from stages.teachers.options import TeacherSpec
 
 DISTILLED, RANDOM_REAL = "distilled", "random_real"
@@ -58,9 +58,44 @@ class Run:
         return make_plan(self.config, self.ready.data.num_classes)
 
     @cached_property
+    def sourced_units(self) -> list[RecoverUnit]:
+        """The plan with the initial real images, where it starts from such."""
+        if self.config.recover.init != "real":
+            return self.units
+        return with_sources(self.units, labels_of(self.ready.train), self.ready.data.num_classes)
+
+    @cached_property
+    def label_units(self) -> list[LabelUnit]:
+        """Label shards of an image set."""
+        return plan_units(self.config.recover.ipc * self.ready.data.num_classes, self.config.relabel)
+
+    @cached_property
     def identity(self) -> str:
-        """What recovered images and labels are made from: configuration and data."""
-        return f"{self.config.sha256()}-{self.ready.train.fingerprint}"
+        """Hash of what images and labels are made from: configuration, data, teachers' weights, torch threads.
+
+        Known once the teachers are there; a shard of another identity is redone.
+        """
+        resources = self.config.resources
+        content = {
+            "config": self.config.sha256(),
+            "data": self.ready.train.fingerprint,
+            "teachers": {name: self.card(name).sha256 for name in self.config.teachers},
+            "threads": [resources.recover.threads, resources.relabel.threads],
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def card(self, name: str) -> TeacherCard:
+        """Card of a finished teacher.
+
+        Raises:
+            UserError: there is none.
+        """
+        found = read_card(storage.join(self.out, "teachers", name))
+        if found is None:
+            raise UserError(
+                f"out: {self.out} lacks teacher {name}; run `prism squeeze` with the same configuration first"
+            )
+        return found
 
     @cached_property
     def teachers(self) -> dict[str, TeacherSpec]:
@@ -103,7 +138,7 @@ class Run:
         """
         results = []
         with StageProgress(title, total, unit) as progress:
-            progress.set(total - len(rows))
+            progress.resume(total - len(rows))
             for row in self.runner(rows, stages) if rows else ():
                 results.append(row)
                 progress.advance(f"failed: {row['id']}" if row["error"] else "")
@@ -142,39 +177,30 @@ def squeeze(run: Run) -> None:
         run.config.seed,
         serial=run.serial,
     )
-    check_accuracy(run)
+    warn_of_guessing(run)
 
 
-def check_accuracy(run: Run) -> None:
-    """Refuse given teachers that guess: their classes, normalisation or weights are not what the data needs.
-
-    Raises:
-        UserError: names the teacher and its accuracy.
-    """
+def warn_of_guessing(run: Run) -> None:
+    """Say which trained teachers are no better than chance; given ones were refused."""
     chance = 1 / run.ready.data.num_classes
-    for name, spec in run.config.teachers.items():
-        card = read_card(storage.join(run.out, "teachers", name))
-        if card is None or card.val_top1 is None:
-            continue
+    for name in run.config.teachers:
+        card = run.card(name)
         # Two standard errors above guessing: less cannot be told from it.
-        bar = chance + 2 * math.sqrt(chance * (1 - chance) / card.val_images)
-        if card.val_top1 <= bar:
-            reason = (
-                f"teachers.{name}: top-1 on the validation data is {100 * card.val_top1:.1f} %, no better than "
-                f"guessing ({100 * chance:.1f} %)"
+        if card.val_top1 is not None and card.val_top1 <= chance + 2 * math.sqrt(
+            chance * (1 - chance) / card.val_images
+        ):
+            console.print(
+                f"warning: teachers.{name}: top-1 on the validation data is {100 * card.val_top1:.1f} %, no better than "
+                "guessing; more squeeze.epochs or another squeeze.lr may help",
+                style="yellow",
             )
-            if spec.weights is not None:
-                raise UserError(f"{reason}; check its weights, mean and std, input_size and the order of its classes")
-            console.print(f"warning: {reason}; more squeeze.epochs or another squeeze.lr may help", style="yellow")
 
 
 def recover(run: Run) -> None:
     """Optimise every unit that is not committed."""
     config, data = run.config, run.ready.data
     save_plan(run.out, run.units)
-    units = run.units
-    if config.recover.init == "real":
-        units = with_sources(units, labels_of(run.ready.train), data.num_classes)
+    units = run.sourced_units
     pending = [u for u in units if not recovery.is_committed(run.out, u, run.identity)]
     stage = recovery.recover_stage(
         run.out,
@@ -191,7 +217,7 @@ def recover(run: Run) -> None:
 def relabel(run: Run) -> None:
     """Label the views of the distilled images, and of the baseline's."""
     config, data = run.config, run.ready.data
-    units = plan_units(config.recover.ipc * data.num_classes, config.relabel)
+    units = run.label_units
     if RANDOM_REAL in run.image_sets:
         rows = random_real(
             run.out,
@@ -239,7 +265,7 @@ def jobs_of(run: Run) -> list[StudentJob]:
             labels_uri=run.labels_uri(images),
             epochs=config.relabel.epochs,
             ipc=config.recover.ipc,
-            inputs_sha=run.identity,
+            inputs_sha=f"{run.identity}-{run.ready.val.fingerprint}",
         )
     ]
 
@@ -247,10 +273,31 @@ def jobs_of(run: Run) -> list[StudentJob]:
 def evaluate(run: Run) -> None:
     """Train every student that has no result and test it on all validation images."""
     resources = run.config.resources
+    _check_complete(run)
     jobs = jobs_of(run)
     failed = train_students(run.out, jobs, run.ready.data, resources.evaluate, serial=run.serial)
     rows = validate_students(run.out, jobs, run.ready.data, run.ready.val.uri, resources.validate_, run.runner)
     raise_failures("evaluate", [*failed, *rows])
+
+
+def _check_complete(run: Run) -> None:
+    """Images and labels are there as a whole, before a student trains on a part of them for hours.
+
+    Raises:
+        UserError: says what is missing.
+    """
+    missing = sum(not recovery.is_committed(run.out, u, run.identity) for u in run.sourced_units)
+    if missing:
+        raise UserError(
+            f"out: {run.out} lacks {missing} of {len(run.units)} recovered units; run `prism recover` first"
+        )
+    for name in run.image_sets:
+        units = run.label_units
+        missing = sum(not relabelling.is_committed(run.labels_uri(name), u, run.identity) for u in units)
+        if missing:
+            raise UserError(
+                f"out: {run.labels_uri(name)} lacks {missing} of {len(units)} label shards; run `prism relabel` first"
+            )
 
 
 def report(run: Run) -> dict[str, Any]:
@@ -271,9 +318,10 @@ def report(run: Run) -> dict[str, Any]:
     attempts = [
         record.get("attempt", 1) for record in read_progress(storage.join(run.out, "progress", "recover")).values()
     ]
-    done = sum(recovery.is_committed(run.out, u, run.identity) for u in run.units)
+    done = sum(recovery.is_committed(run.out, u, run.identity) for u in run.sourced_units)
     summary = write_summary(
         config,
+        read_results(run.out, jobs_of(run)),
         units={"planned": len(run.units), "done": done, "retried": sum(attempts) - len(attempts)},
         diversity={"feature_model": feature_model, **{row["id"]: json.loads(row["result"]) for row in found}},
     )
@@ -320,7 +368,7 @@ def check(config: Config) -> Ready:
     """Everything that can be checked before work starts; writes nothing."""
     ready = preflight(config)
     found = cost(config, make_plan(config, ready.data.num_classes), ready.networks, ready.data.num_classes)
-    check_space(config, found.image_bytes + found.label_bytes)
+    check_space(config, found.image_bytes + found.label_bytes + weight_bytes(config, ready.students))
     return ready
 
 
@@ -347,14 +395,14 @@ def execute(config: Config, stages: Sequence[str] | None = None, *, serial: bool
     ready = check(config)
     names = list(stages or STAGES)
     _check_inputs(config, names)
-    rundir.claim(config, ready.train.fingerprint)
+    rundir.claim(config, ready.fingerprints)
     run = Run(config, ready, run_serial if serial else run_ray, serial)
     with contextlib.nullcontext() if serial else ray_session(config.resources.session):
         for name in names:
             with rundir.timed(config.out, name):
                 STAGES[name](run)
     if "report" in names:
-        console.print(results_table(read_results(config.out)))
+        console.print(results_table(storage.read_json(storage.join(config.out, SUMMARY_FILE))["results"]))
         console.print(f"report: {storage.join(config.out, 'report.html')}", soft_wrap=True)
 
 
@@ -363,7 +411,7 @@ def _check_inputs(config: Config, names: Sequence[str]) -> None:
     needs = {
         "recover": ("squeeze", [f"teachers/{name}/card.json" for name in config.teachers]),
         "relabel": ("recover", ["plan.parquet", *(f"teachers/{name}/card.json" for name in config.teachers)]),
-        "evaluate": ("relabel", ["plan.parquet", "labels"]),
+        "evaluate": ("relabel", ["plan.parquet", *(f"teachers/{name}/card.json" for name in config.teachers)]),
     }
     if len(names) == 1 and names[0] in needs:
         before, files = needs[names[0]]

@@ -41,8 +41,12 @@ def read_run(out: str) -> Config:
     return resolve(parse_yaml(storage.read_bytes(where), where))
 
 
-def check_owner(config: Config, fingerprint: str) -> None:
+def check_owner(config: Config, fingerprints: dict[str, str]) -> None:
     """Refuse a run directory that was made by another configuration or from other data.
+
+    Args:
+        config: of the run about to start.
+        fingerprints: of the data, ``train`` and ``val``.
 
     Raises:
         UserError: names the fields that differ.
@@ -57,9 +61,10 @@ def check_owner(config: Config, fingerprint: str) -> None:
         return
     found = read_run(config.out)
     changed = _differences(found.identity(), config.identity())
-    known = found.provenance.get("data_fingerprint", fingerprint)
-    if known != fingerprint:
-        changed.append("the data (other images than the run was made from)")
+    known = found.provenance.get("data_fingerprints", {})
+    for split, fingerprint in fingerprints.items():
+        if known.get(split, fingerprint) != fingerprint:
+            changed.append(f"data.{split} (other images than the run was made from)")
     if changed:
         names = ", ".join(changed[:6]) + (" …" if len(changed) > 6 else "")
         raise UserError(
@@ -67,9 +72,9 @@ def check_owner(config: Config, fingerprint: str) -> None:
         )
 
 
-def claim(config: Config, fingerprint: str) -> None:
-    """Write ``run.yaml``: the resolved configuration, runnable, with versions and data fingerprint."""
-    provenance = {"versions": versions(), "data_fingerprint": fingerprint, "config_sha256": config.sha256()}
+def claim(config: Config, fingerprints: dict[str, str]) -> None:
+    """Write ``run.yaml``: the resolved configuration, runnable, with versions and data fingerprints."""
+    provenance = {"versions": versions(), "data_fingerprints": fingerprints, "config_sha256": config.sha256()}
     text = dump_yaml(config.model_copy(update={"provenance": provenance}))
     storage.write_bytes(storage.join(config.out, RUN_FILE), text.encode())
 

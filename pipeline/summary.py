@@ -18,17 +18,29 @@ def _size(uri: str) -> int:
     return sum(storage.list_files(uri, ".parquet").values())
 
 
-def read_results(out: str) -> list[dict[str, Any]]:
-    """Every evaluated student, one record each, curves included."""
+def read_records(out: str) -> list[dict[str, Any]]:
+    """Students that ``summary.json`` names, one record each, curves included.
+
+    Files of students that were taken out of the configuration may still be there; they are not read.
+    """
     folder = storage.join(out, "eval")
-    return [storage.read_json(storage.join(folder, name)) for name in storage.list_files(folder, ".json")]
+    wanted = [_key(result) for result in storage.read_json(storage.join(out, SUMMARY_FILE))["results"]]
+    files = [storage.read_json(storage.join(folder, name)) for name in storage.list_files(folder, ".json")]
+    return [record for record in files if _key(record) in wanted]
 
 
-def write_summary(config: Config, *, units: dict[str, int], diversity: dict[str, Any]) -> dict[str, Any]:
+def _key(record: dict[str, Any]) -> list[Any]:
+    return [record[name] for name in ("method", "student", "protocol", "seed")]
+
+
+def write_summary(
+    config: Config, results: list[dict[str, Any]], *, units: dict[str, int], diversity: dict[str, Any]
+) -> dict[str, Any]:
     """Collect and write the summary.
 
     Args:
         config: of the run.
+        results: records of the students.
         units: planned, done, retried.
         diversity: intra-class cosine similarities.
     """
@@ -38,7 +50,7 @@ def write_summary(config: Config, *, units: dict[str, int], diversity: dict[str,
         "recipe": config.recipe,
         "config_sha256": config.sha256(),
         "seed": config.seed,
-        "results": [{key: record[key] for key in RESULT_FIELDS} for record in read_results(out)],
+        "results": [{key: record[key] for key in RESULT_FIELDS} for record in results],
         "diversity": diversity,
         "bytes": {
             "images": _size(storage.join(out, "recovered")),

@@ -41,8 +41,7 @@ class RecoverOptions(Frozen):
         r_bn: weight of the BN loss.
         allow_null_bn: accept BN teachers without BatchNorm; they add 0 and count in the divisor, which is what
             the published PRISM code does with AlexNet.
-        batch: ``cross_class`` = a unit holds one image of each of ``chunk`` classes at one IPC index.
-        chunk: images a unit.
+        chunk: images a unit: one of each of so many classes at one IPC index (cross-class batches).
         init: ``real`` = the i-th real image of the class for IPC index i; ``noise`` = N(0, 1).
         iterations, stagger: steps T_i of index i.
         lr, betas: Adam, cosine to 0.
@@ -50,7 +49,6 @@ class RecoverOptions(Frozen):
             to ``roll`` pixels in y and x.
         batch_augment: ``batch`` = one crop, flip and shift for the whole batch (as published); ``image`` = one
             for each image.
-        precision: of the forward and backward passes.
     """
 
     ipc: int = Field(default=10, ge=1)
@@ -63,7 +61,6 @@ class RecoverOptions(Frozen):
     var_weight: float = Field(default=1.0, ge=0)
     r_bn: float = Field(default=0.01, ge=0)
     allow_null_bn: bool = False
-    batch: Literal["cross_class"] = "cross_class"
     chunk: int = Field(default=100, ge=1)
     init: Literal["noise", "real"] = "real"
     iterations: int = Field(default=4000, ge=1)
@@ -74,7 +71,6 @@ class RecoverOptions(Frozen):
     flip: bool = True
     roll: int = Field(default=32, ge=0)
     batch_augment: Literal["batch", "image"] = "batch"
-    precision: Literal["fp32"] = "fp32"
 
     @model_validator(mode="after")
     def _check(self) -> RecoverOptions:

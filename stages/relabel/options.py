@@ -17,12 +17,6 @@ class Mix(Frozen):
     alpha: float = Field(default=1.0, gt=0)
 
 
-class LabelStore(Frozen):
-    """How logits are stored."""
-
-    format: Literal["fp16"] = "fp16"
-
-
 class RelabelOptions(Frozen):
     """Which teachers label which views.
 
@@ -46,4 +40,3 @@ class RelabelOptions(Frozen):
     batch: int = Field(default=50, ge=1)
     crop: Crop = Crop(min_scale=0.25)
     flip: bool = True
-    store: LabelStore = LabelStore()

@@ -163,16 +163,25 @@ def test_hub_out_of_reach(prism, tiny_config, tmp_path):
     assert nothing_written(tmp_path)
 
 
-def test_out_of_another_configuration(prism, tiny_config, tmp_path):
+def test_out_of_another_configuration_or_other_data(prism, tiny_config, tiny_data, tmp_path):
+    from cluster.shards import load_dataset
     from pipeline.loading import load_config
     from pipeline.rundir import claim
 
-    config = load_config(str(tiny_config()))
-    fingerprint = json.loads((tmp_path / "x").read_text()) if (tmp_path / "x").exists() else "f"
-    claim(config, fingerprint)
+    fingerprints = {split: load_dataset(str(tiny_data / split)).fingerprint for split in ("train", "val")}
+    claim(load_config(str(tiny_config())), fingerprints)
     before = (tmp_path / "run" / "run.yaml").read_bytes()
+    code, _, err = prism("run", tiny_config(), "--dry-run")
+    assert code == 0, err
     refused(prism("run", tiny_config(recover={"lr": 0.2})), "out", "recover.lr", "another configuration")
-    refused(prism("run", tiny_config()), "the data")
+    for split in ("train", "val"):
+        other = tmp_path / f"other-{split}"
+        other.mkdir()
+        for file in (tiny_data / split).iterdir():
+            (other / file.name).write_bytes(file.read_bytes())
+        dataset = json.loads((other / "dataset.json").read_text())
+        (other / "dataset.json").write_text(json.dumps({**dataset, "fingerprint": "of other images"}))
+        refused(prism("run", tiny_config(data={split: str(other)})), f"data.{split}", "other images")
     assert (tmp_path / "run" / "run.yaml").read_bytes() == before
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["run.yaml"]
 

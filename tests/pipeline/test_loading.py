@@ -90,6 +90,10 @@ def test_identity_ignores_place_and_machine_but_not_method():
         ({"recover": {"selection": "round_robin"}}, ["round_robin", "bn_teachers"]),
         ({"recover": {"stagger": {"drop": 500, "modulo": 8}}}, ["stagger", "leaves none"]),
         ({"recover": {"statistics": "class"}}, ["recover.statistics", "reserved"]),
+        ({"recover": {"precision": "fp32"}}, ["recover.precision", "reserved"]),
+        ({"data": {"image_size": "224"}}, ["data.image_size", "'224'", "integer"]),
+        ({"data": {"image_size": True}}, ["data.image_size", "integer"]),
+        ({"relabel": {"priors": {"c": 3}}}, ["relabel.priors", "'c'"]),
         ({"search": {"trials": 3}}, ["search", "reserved"]),
         ({"recipe": "prsm"}, ["recipe", "'prsm'", "did you mean prism"]),
         ({"relabel": {"ensemble": "prior_softmax"}}, ["relabel.priors", "a, b"]),
@@ -125,7 +129,14 @@ def test_yaml_is_data_only(text, words):
         parse_yaml(text, "file.yaml")
 
 
+def test_yaml_merge_keys_work():
+    assert parse_yaml("x: &x {a: 1, b: 2}\ny: {<<: *x, b: 3}", "f")["y"] == {"a": 1, "b": 3}
+
+
 def test_missing_file_points_to_init(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="prism init"):
+        load_config(str(tmp_path / "file" / "config.yaml"))
     with pytest.raises(UserError, match="prism init"):
         load_config(str(tmp_path / "none.yaml"))
 
