@@ -190,8 +190,8 @@ def warn_of_guessing(run: Run) -> None:
             chance * (1 - chance) / card.val_images
         ):
             console.print(
-                f"warning: teachers.{name}: top-1 on the validation data is {100 * card.val_top1:.1f} %, no better than "
-                "guessing; more squeeze.epochs or another squeeze.lr may help",
+                f"warning: teachers.{name}: top-1 on the validation data is {100 * card.val_top1:.1f} %, no better "
+                "than guessing; more squeeze.epochs or another squeeze.lr may help",
                 style="yellow",
             )
 
