@@ -174,7 +174,7 @@ def _table(model: type[BaseModel], owners: Owners, headings: dict[type, str]) ->
         meaning = meanings.get(name, "")
         if child:
             link = f"see [{headings[child[0]]}](#{_anchor(headings[child[0]])})"
-            meaning = f"{meaning} {link}".strip()
+            meaning = "; ".join(filter(None, [meaning.rstrip("."), link]))
             kind, default = ("name → section", default) if child[1] else ("section", "")
         # A model of one or two fields may explain them in its own sentence, which stands above the table.
         if not meaning and meanings:

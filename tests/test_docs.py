@@ -30,7 +30,8 @@ from stages.relabel.unit import plan_units
 from stages.relabel.views import draw_views
 from stages.teachers.build import build_network, count_bn
 from stages.teachers.networks import NETWORKS
-from stages.teachers.options import NetworkSpec
+from stages.teachers.options import NetworkSpec, TeacherSpec
+from stages.teachers.weights import apply_weights, load_state
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "pipeline").rglob("*.md")])
@@ -227,6 +228,26 @@ def test_built_in_networks_are_listed_with_their_arguments():
         for name, factory in NETWORKS.items()
     }
     assert listed == expected
+
+
+def worked_examples() -> list[TeacherSpec]:
+    """Teachers of ``docs/teachers.md`` with published weights."""
+    shown = [
+        parse_yaml(block, "docs/teachers.md") for block in blocks((ROOT / "docs" / "teachers.md").read_text(), "yaml")
+    ]
+    specs = [spec for block in shown for spec in block["teachers"].values()]
+    return [TeacherSpec(**spec) for spec in specs if "examples/networks.py" in spec["arch"]]
+
+
+def test_worked_examples_fit_the_published_weights(shared_data):
+    specs = worked_examples()
+    assert len(specs) == 3
+    for spec in specs:
+        (found,) = (shared_data / "checkpoints").rglob(spec.weights)
+        source, _, factory = spec.arch.rpartition(":")
+        arch = source.replace("user:", f"user:{ROOT}/") + f":{factory}"
+        network = build_network(NetworkSpec(arch=arch, kwargs=spec.kwargs), spec.num_outputs or 10, 3)
+        apply_weights(network, load_state(str(found)), spec.key_map, spec.weights)
 
 
 def test_shown_factory_is_a_bn_teacher(tmp_path):
