@@ -111,7 +111,7 @@ def random_real(
         data: the run's image space.
         ipc: images per class.
         seed: of the run.
-        resources: of the actor pool.
+        resources: of the actor pool; its GPUs are left to others.
         runner: serial or Ray.
 
     Returns:
@@ -148,4 +148,6 @@ def random_real(
         "seed": seed,
         "content_sha": content_sha,
     }
+    # Decoding and encoding alone.
+    resources = resources.model_copy(update={"gpus": 0})
     return list(runner(rows, [ActorStage("random_real", CopyStage, kwargs, resources)]))

@@ -20,6 +20,7 @@ from stages.imageset import ImageSet
 from stages.relabel.store import EpochLabels
 from stages.teachers.build import build_network, memory_format
 from stages.teachers.options import NetworkSpec
+from stages.training import Worker, make_optimizer
 
 ReadEpoch = Callable[[int], EpochLabels]
 """Epoch (from 0) to its views and logits."""
@@ -28,14 +29,6 @@ ReadEpoch = Callable[[int], EpochLabels]
 def new_student(name: str, spec: NetworkSpec, data: DataSpec, seed: int) -> nn.Module:
     """A student with the initial weights of (name, seed), the same for every method it is trained for."""
     return build_network(spec, data.num_classes, data.channels, derive_seed(seed, "student", name))
-
-
-def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimiser groups: weight decay on weights, none on biases and norms (everything of one dimension)."""
-    weights = [p for p in network.parameters() if p.ndim > 1]
-    others = [p for p in network.parameters() if p.ndim <= 1]
-    groups = [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
 
 
 def batch_slices(count: int, batch: int, world: int = 1) -> list[slice]:
@@ -58,9 +51,7 @@ class StudentTraining:
         data: normalisation.
         epochs: in all; label epoch e is read in training epoch e.
         seed: of what the network itself draws (dropout), epoch by epoch.
-        device: to train on.
-        rank, world: data-parallel worker and their number; every worker takes its share of each batch.
-        wrap: makes the trained module of the network (DistributedDataParallel).
+        worker: this process; every worker takes its share of each batch.
 
     Attributes:
         epoch: finished epochs.
@@ -78,24 +69,23 @@ class StudentTraining:
         data: DataSpec,
         epochs: int,
         seed: int,
-        device: torch.device,
-        rank: int = 0,
-        world: int = 1,
-        wrap: Callable[[nn.Module], nn.Module] = lambda network: network,
+        worker: Worker,
     ):
         self.protocol, self.data, self.epochs, self.seed = protocol, data, epochs, seed
-        self.device, self.rank, self.world = device, rank, world
-        self.images, self.labels = images.images.to(device), images.labels
-        self.slices = batch_slices(len(images), protocol.batch, world)
+        self.device, self.rank, self.world = torch.device(worker.device), worker.rank, worker.world
+        self.images, self.labels = images.images.to(self.device), images.labels
+        self.slices = batch_slices(len(images), protocol.batch, self.world)
         if not self.slices:
             raise UserError(
                 f"evaluate.protocol.batch: {min(protocol.batch, len(images))} images are "
-                f"less than two for each of {world} workers; raise it or lower resources.evaluate.workers"
+                f"less than two for each of {self.world} workers; raise it or lower resources.evaluate.workers"
             )
         self._layout = memory_format(network)
-        self.network = network.to(device=device, memory_format=self._layout)  # type: ignore[call-overload]
-        self.model = wrap(self.network)
-        self.optimizer = _optimizer(self.network, protocol)
+        self.network = network.to(device=self.device, memory_format=self._layout)  # type: ignore[call-overload]
+        self.model = worker.wrap(self.network)
+        self.optimizer = make_optimizer(
+            self.network, protocol.optimizer, protocol.lr, protocol.weight_decay, protocol.momentum
+        )
         # EMA of parameters alone; the averaged weights are evaluated with the current BN statistics (EDC).
         averaged = self.network.named_parameters() if protocol.ema is not None else ()
         self.average = {name: p.detach().clone() for name, p in averaged}
@@ -182,14 +172,6 @@ class StudentTraining:
         self.optimizer.load_state_dict(state["optimizer"])
         for name, value in self.average.items():
             value.copy_(state["average"][name])
-
-
-def _optimizer(network: nn.Module, protocol: Protocol) -> torch.optim.Optimizer:
-    groups = parameter_groups(network, protocol.weight_decay)
-    # Fused kernels: one call for all parameters, which is what counts for small networks.
-    if protocol.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=protocol.lr, momentum=protocol.momentum, fused=True)
-    return torch.optim.AdamW(groups, lr=protocol.lr, fused=True)
 
 
 def train_student(training: StudentTraining, read_epoch: ReadEpoch) -> Iterator[StudentTraining]:

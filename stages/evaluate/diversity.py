@@ -14,6 +14,7 @@ from cluster.errors import UserError
 from cluster.resources import ActorResources
 from cluster.runner import ActorStage, Row
 from stages.data import DataSpec
+from stages.device import pick_device
 from stages.imageset import ImageSet, load_image_set
 from stages.teachers.options import TeacherSpec
 from stages.teachers.teacher import Teacher, load_teacher
@@ -88,12 +89,12 @@ class DiversityStage:
         name: of the teacher.
         spec: with its ``weights`` set.
         data: the run's image space.
+        gpu: use the actor's GPU where it has one.
     """
 
-    def __init__(self, name: str, spec: TeacherSpec, data: DataSpec):
+    def __init__(self, name: str, spec: TeacherSpec, data: DataSpec, gpu: bool):
         self.data = data
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.teacher = load_teacher(name, spec, data, device)
+        self.teacher = load_teacher(name, spec, data, pick_device(gpu))
 
     def __call__(self, row: Row) -> Row:
         """``uri`` of a folder of recovered shards → ``result``, JSON of ``class_cosine``."""
@@ -111,4 +112,5 @@ def diversity_stage(name: str, spec: TeacherSpec, data: DataSpec, resources: Act
         data: the run's image space.
         resources: of the actor pool.
     """
-    return ActorStage("diversity", DiversityStage, {"name": name, "spec": spec, "data": data}, resources)
+    kwargs = {"name": name, "spec": spec, "data": data, "gpu": resources.gpus != 0}
+    return ActorStage("diversity", DiversityStage, kwargs, resources)

@@ -5,11 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
-
-import torch
-from torch import nn
 
 from cluster import storage
 from cluster.errors import RunError
@@ -22,25 +19,10 @@ from stages.evaluate.jobs import StudentJob
 from stages.evaluate.store import StudentStore
 from stages.imageset import ImageSet, load_image_set
 from stages.relabel.store import EpochLabels, LabelReader
+from stages.training import Worker, torch_threads
 
 # A state is three times the weights; a kill then loses about a minute.
 STATE_INTERVAL_S = 60.0
-
-
-@dataclass(frozen=True)
-class Worker:
-    """One of the processes that train together.
-
-    Attributes:
-        device: to train on.
-        rank, world: which of how many.
-        wrap: makes a network data-parallel.
-    """
-
-    device: str = "cpu"
-    rank: int = 0
-    world: int = 1
-    wrap: Callable[[nn.Module], nn.Module] = lambda network: network
 
 
 class ReadAhead:
@@ -90,7 +72,8 @@ def train_students(
     storage.remove(progress_uri)
     with follow(progress_uri, "train", sum(job.epochs for job in pending), "epochs"):
         if serial:
-            train_jobs(out_uri, pending, data, Worker())
+            with torch_threads(resources.threads):
+                train_jobs(out_uri, pending, data, Worker())
         else:
             from cluster.training import run_trainer
 
@@ -170,7 +153,7 @@ def train_job(
     Raises:
         RunError: the loss diverged.
     """
-    job, device = store.job, torch.device(worker.device)
+    job = store.job
     training = StudentTraining(
         new_student(job.student, job.network, data, job.seed),
         images,
@@ -178,12 +161,9 @@ def train_job(
         data,
         job.epochs,
         job.seed,
-        device,
-        worker.rank,
-        worker.world,
-        worker.wrap,
+        worker,
     )
-    state = store.load_state(device)
+    state = store.load_state(training.device)
     seconds = 0.0
     if state:
         training.restore(state)
@@ -194,9 +174,11 @@ def train_job(
     epochs = ReadAhead(LabelReader(job.labels_uri, data).read_epoch, job.epochs, pool)
     for _ in train_student(training, epochs):
         say(training.epoch)
-        if worker.rank != 0 or training.epoch not in job.val_epochs:
+        if worker.rank != 0:
             continue
-        store.save_weights(training.epoch, training.weights())
+        # Before the state, so that a state of a later epoch never lacks the weights of an earlier one.
+        if training.epoch in job.val_epochs:
+            store.save_weights(training.epoch, training.weights())
         now = time.monotonic()
         if now - kept > STATE_INTERVAL_S:
             store.save_state({**training.state(), "seconds": seconds + now - start})

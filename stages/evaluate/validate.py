@@ -17,6 +17,7 @@ from cluster.progress import StageProgress
 from cluster.resources import ActorResources
 from cluster.runner import ActorStage, Row, Runner
 from stages.data import DataSpec
+from stages.device import pick_device
 from stages.evaluate.jobs import StudentJob
 from stages.evaluate.store import StudentStore
 from stages.teachers.build import build_network, memory_format
@@ -69,7 +70,7 @@ class ValidateStage:
         self.out_uri, self.data = out_uri, data
         self.jobs = [StudentJob.model_validate_json(job) for job in jobs]
         self.dataset = shards.load_dataset(dataset_uri)
-        self.device = torch.device("cuda" if gpu and torch.cuda.is_available() else "cpu")
+        self.device = pick_device(gpu)
         self.networks: dict[str, nn.Module] = {}
         self.decoded: OrderedDict[tuple[int, int], tuple[Tensor, Tensor]] = OrderedDict()
         self.fetched: tuple[str, tempfile.TemporaryDirectory[str]] | None = None

@@ -85,14 +85,15 @@ def recover_unit(
     start = initial_noise(unit, data) if images is None else images
     x = start.to(device, torch.float32)
     low, high = data.valid_range(x)
-    x = x.clamp(low, high).requires_grad_()
+    # As published, noise is not clamped before the first step.
+    x = x.detach().clone().requires_grad_()
     y = torch.tensor(unit.classes, device=x.device)
     taps = tap_teachers(teachers, unit.logit_teachers, unit.bn_teachers, x.detach()[:1], options)
     optimizer = torch.optim.Adam([x], lr=options.lr, betas=options.betas, eps=ADAM_EPS)
     first_bad = torch.full((), unit.iterations, device=x.device)
     last_bn: dict[str, Tensor] = {}
     log: list[dict[str, Any]] = []
-    with _deterministic_convolutions():
+    with _reproducible_float32():
         for step in range(unit.iterations):
             logit_names, bn_names = step_teachers(unit, options, step)
             drawn = draw_augmentation(unit.seed, step, len(x), data.image_size, options)
@@ -129,12 +130,15 @@ def _check_finite(unit: RecoverUnit, first_bad: int) -> None:
 
 
 @contextlib.contextmanager
-def _deterministic_convolutions() -> Iterator[None]:
-    """Same bytes from the same unit on the same GPU: no timing-based choice among cuDNN's algorithms."""
-    cudnn = torch.backends.cudnn
-    before = cudnn.benchmark, cudnn.deterministic
-    cudnn.benchmark, cudnn.deterministic = False, True
+def _reproducible_float32() -> Iterator[None]:
+    """Same bytes from the same unit on the same GPU, computed in full float32.
+
+    No timing-based choice among cuDNN's algorithms, and no TF32, which cuDNN would use by default.
+    """
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32 = False, True, False, False
     try:
         yield
     finally:
-        cudnn.benchmark, cudnn.deterministic = before
+        cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32 = before

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from cluster.resources import Frozen
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+"""Decay of one of Adam's averages."""
 
 
 class Stagger(Frozen):
@@ -66,7 +69,7 @@ class RecoverOptions(Frozen):
     iterations: int = Field(default=4000, ge=1)
     stagger: Stagger = Stagger()
     lr: float = Field(default=0.05, gt=0)
-    betas: tuple[float, float] = (0.5, 0.9)
+    betas: tuple[Beta, Beta] = (0.5, 0.9)
     crop: Crop = Crop()
     flip: bool = True
     roll: int = Field(default=32, ge=0)

@@ -18,6 +18,7 @@ from cluster.progress import ProgressWriter
 from cluster.resources import ActorResources
 from cluster.runner import ActorStage, Row
 from stages.data import DataSpec
+from stages.device import pick_device
 from stages.images import encode_png
 from stages.recover.core import recover_unit
 from stages.recover.options import RecoverOptions
@@ -32,7 +33,7 @@ MAX_ATTEMPTS = 3
 
 
 class RecoverStage:
-    """Recovers one unit per row. Loads the teachers once, onto a GPU where it has one.
+    """Recovers one unit per row. Loads the teachers once.
 
     Args:
         out: run directory; gets ``init/UNIT.parquet``, then ``recovered/UNIT.parquet``.
@@ -42,6 +43,7 @@ class RecoverStage:
         options: of recovery.
         identity: what the images depend on, in one string; a shard of another identity is redone.
         session: tells this run's attempts from those of an earlier, interrupted one.
+        gpu: use the actor's GPU where it has one.
     """
 
     def __init__(
@@ -53,8 +55,9 @@ class RecoverStage:
         options: RecoverOptions,
         identity: str,
         session: str,
+        gpu: bool,
     ):
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = pick_device(gpu)
         # Channels-last weights make convolutions lay out their activations likewise: a fifth faster on CPUs.
         self.teachers = {
             name: load_teacher(name, spec, data, self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -186,6 +189,7 @@ def recover_stage(
             "options": options,
             "identity": identity,
             "session": uuid.uuid4().hex,
+            "gpu": resources.gpus != 0,
         },
         resources=resources,
     )

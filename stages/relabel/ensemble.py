@@ -48,9 +48,8 @@ def _primary_half(logits: list[Tensor], options: RelabelOptions) -> Tensor:
 
 def _prior_softmax(logits: list[Tensor], options: RelabelOptions) -> Tensor:
     """Σ w_k z_k with w = softmax(prior / 10), priors in percent (CV-DD)."""
-    scores = [
-        math.exp((options.priors[name] - max(options.priors.values())) / 10) for name in options.teachers
-    ]
+    priors = [options.priors[name] for name in options.teachers]
+    scores = [math.exp((prior - max(priors)) / 10) for prior in priors]
     return _weighted(logits, [s / math.fsum(scores) for s in scores])
 
 

@@ -18,6 +18,7 @@ from cluster.errors import RunError
 from cluster.resources import ActorResources
 from cluster.runner import ActorStage, Row
 from stages.data import DataSpec
+from stages.device import pick_device
 from stages.imageset import load_image_set
 from stages.relabel.ensemble import combine
 from stages.relabel.options import RelabelOptions
@@ -41,6 +42,7 @@ class TeacherStage:
         data: image space.
         options: views and label batch.
         seed: of the run.
+        gpu: use the actor's GPU where it has one.
     """
 
     def __init__(
@@ -51,8 +53,9 @@ class TeacherStage:
         data: DataSpec,
         options: RelabelOptions,
         seed: int,
+        gpu: bool,
     ):
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = pick_device(gpu)
         self.name, self.data, self.options, self.seed, self.images_uri = name, data, options, seed, images_uri
         self.images = load_image_set(images_uri, data).images.to(device)
         self.teacher = load_teacher(name, spec, data, device)
@@ -172,7 +175,13 @@ def relabel_stages(
         ActorStage(
             name=f"relabel-{name}",
             factory=TeacherStage,
-            kwargs={"name": name, "spec": teachers[name], "images_uri": images_uri, **common},
+            kwargs={
+                "name": name,
+                "spec": teachers[name],
+                "images_uri": images_uri,
+                "gpu": resources.gpus != 0,
+                **common,
+            },
             resources=resources,
         )
         for name in options.teachers

@@ -7,10 +7,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cluster.errors import UserError
 from stages.crops import draw_crops
 from stages.data import DataSpec
 from stages.recover.augment import Augmentation, augment
 from stages.squeeze.options import SqueezeOptions
+
+
+def check_squeeze(options: SqueezeOptions, data: DataSpec) -> None:
+    """Prove that the images suffice for the augmentation.
+
+    Raises:
+        UserError: ``crop_padding`` reflects more than there is.
+    """
+    if options.crop_padding >= data.image_size:
+        raise UserError(
+            f"squeeze.crop_padding: {options.crop_padding} pixels cannot be reflected at images of side "
+            f"{data.image_size}; choose less than data.image_size"
+        )
 
 
 def augmented(pixels: Tensor, rng: np.random.Generator, options: SqueezeOptions, data: DataSpec) -> Tensor:

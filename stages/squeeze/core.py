@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from cluster.errors import RunError
 from cluster.rng import derive_seed, generator
@@ -18,6 +18,7 @@ from stages.squeeze.options import SqueezeOptions
 from stages.teachers.accuracy import count_right
 from stages.teachers.build import memory_format
 from stages.teachers.teacher import Teacher
+from stages.training import Worker, make_optimizer
 
 
 class TeacherTraining:
@@ -31,9 +32,7 @@ class TeacherTraining:
         options: how.
         epochs, lr: of this teacher.
         seed: of the order of the images and of augmentation.
-        device: to train on.
-        rank, world: data-parallel worker and their number.
-        wrap: makes the trained module of the network (DistributedDataParallel).
+        worker: this process.
 
     Attributes:
         epoch: finished epochs.
@@ -41,29 +40,20 @@ class TeacherTraining:
         accuracies: top-1 on the validation data after each.
     """
 
-    def __init__(
-        self,
-        teacher: Teacher,
-        options: SqueezeOptions,
-        epochs: int,
-        lr: float,
-        seed: int,
-        device: torch.device,
-        rank: int = 0,
-        world: int = 1,
-        wrap: Callable[[nn.Module], nn.Module] = lambda network: network,
-    ):
+    def __init__(self, teacher: Teacher, options: SqueezeOptions, epochs: int, lr: float, seed: int, worker: Worker):
         self.options, self.epochs, self.lr = options, epochs, lr
-        self.device, self.rank, self.world = device, rank, world
+        self.device, self.rank, self.world = torch.device(worker.device), worker.rank, worker.world
         self.seed = derive_seed(seed, "squeeze", teacher.name)
-        self.teacher = teacher.to(device)
+        self.teacher = teacher.to(self.device)
         self.network = teacher.network.requires_grad_(True)
         self._layout = memory_format(self.network)
         self.network.to(memory_format=self._layout)  # type: ignore[call-overload]
-        self.model = wrap(self.network)
-        self.optimizer = _optimizer(self.network, options, lr)
-        bf16 = options.precision == "bf16" or (options.precision == "auto" and device.type == "cuda")
-        self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+        self.model = worker.wrap(self.network)
+        self.optimizer = make_optimizer(
+            self.network, options.optimizer, lr, options.weight_decay, options.momentum, nesterov=options.momentum > 0
+        )
+        bf16 = options.precision == "bf16" or (options.precision == "auto" and self.device.type == "cuda")
+        self._autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
         self.epoch = 0
         self.losses: list[float] = []
         self.accuracies: list[float] = []
@@ -176,15 +166,3 @@ def lr_multiplier(position: float, step: float, warmup: float, epochs: int) -> f
     if position < warmup:
         return min(1.0, (position + step) / warmup)
     return 0.5 * (1 + math.cos(math.pi * (position - warmup) / (epochs - warmup)))
-
-
-def _optimizer(network: nn.Module, options: SqueezeOptions, lr: float) -> torch.optim.Optimizer:
-    """Weight decay on weights, none on biases and norms (everything of one dimension)."""
-    weights = [p for p in network.parameters() if p.ndim > 1]
-    others = [p for p in network.parameters() if p.ndim <= 1]
-    groups = [{"params": weights, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
-    # Fused kernels: one call for all parameters, which is what counts for small networks.
-    if options.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=options.momentum, nesterov=options.momentum > 0, fused=True)
-    return torch.optim.AdamW(groups, lr=lr, fused=True)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from cluster import storage
 from cluster.errors import UserError
-from cluster.resources import Frozen
+from cluster.resources import Frozen, TrainResources
 from cluster.version import __version__
 from stages.data import DataSpec
 from stages.squeeze.options import SqueezeOptions
@@ -20,8 +22,11 @@ from stages.teachers.accuracy import Accuracy
 from stages.teachers.build import split_arch
 from stages.teachers.card import CARD_FILE, WEIGHTS_FILE, TeacherCard, read_card, write_card
 from stages.teachers.options import TeacherSpec
-from stages.teachers.teacher import Teacher
+from stages.teachers.teacher import PRETRAINED, Teacher
 from stages.teachers.weights import read_weights_bytes, save_weights
+
+# Origin of a teacher that was trained here.
+SQUEEZED = "squeeze"
 
 
 class TeacherJob(Frozen):
@@ -31,13 +36,16 @@ class TeacherJob(Frozen):
         name: of the teacher.
         spec: what is asked for; with weights it is adopted, without it is trained.
         epochs, lr: of its training.
-        key: identifies the result of the training: equal keys give equal weights.
+        settings: see ``settings_digest``.
+        key: identifies the result of the training, by ``settings`` and by what decides on the last bits: equal keys
+            give equal weights (on equal CPUs, where ``threads`` is left to the machine).
     """
 
     name: str
     spec: TeacherSpec
     epochs: int
     lr: float
+    settings: str
     key: str
 
     @property
@@ -52,7 +60,13 @@ def teacher_folder(out_uri: str, name: str) -> str:
 
 
 def plan_job(
-    name: str, spec: TeacherSpec, options: SqueezeOptions, data: DataSpec, fingerprints: list[str], seed: int
+    name: str,
+    spec: TeacherSpec,
+    options: SqueezeOptions,
+    data: DataSpec,
+    fingerprints: list[str],
+    seed: int,
+    resources: TrainResources,
 ) -> TeacherJob:
     """The job of a teacher.
 
@@ -63,22 +77,88 @@ def plan_job(
         data: the space of the images.
         fingerprints: of the training and the validation data.
         seed: of the run.
+        resources: of the worker group, with ``gpu`` decided; sums are made in an order that depends on them.
     """
+    settings = settings_digest(name, spec, options, data, fingerprints[0], seed)
+    result = {
+        "settings": settings,
+        "val": fingerprints[1],
+        "workers": resources.workers,
+        "threads": resources.threads or "auto",
+        # Decides on the kernels, and on what precision ``auto`` is.
+        "gpu": resources.gpu,
+        "version": __version__,
+    }
     epochs, lr = spec.epochs or options.epochs, spec.lr or options.lr
-    content = {
+    return TeacherJob(name=name, spec=spec, epochs=epochs, lr=lr, settings=settings, key=_digest(result))
+
+
+def settings_digest(
+    name: str, spec: TeacherSpec, options: SqueezeOptions, data: DataSpec, fingerprint: str, seed: int
+) -> str:
+    """Hash of what a training is asked for.
+
+    Args:
+        name: of the teacher.
+        spec: what is asked for.
+        options: of all trainings.
+        data: the space of the images.
+        fingerprint: of the training data.
+        seed: of the run.
+    """
+    settings = {
         "name": name,
         "network": spec.model_dump(mode="json", exclude={"weights", "key_map", "epochs", "lr"}),
         "code": _code_digest(spec.arch),
         "squeeze": options.model_dump(mode="json", exclude={"cache", "epochs", "lr"}),
-        "epochs": epochs,
-        "lr": lr,
+        "epochs": spec.epochs or options.epochs,
+        "lr": spec.lr or options.lr,
         "data": asdict(data),
-        "fingerprints": fingerprints,
+        "fingerprint": fingerprint,
         "seed": seed,
-        "version": __version__,
     }
-    key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return TeacherJob(name=name, spec=spec, epochs=epochs, lr=lr, key=key)
+    return _digest(settings)
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def check_origin(out_uri: str, name: str, weights: str | None, settings: str) -> None:
+    """Prove that a finished teacher was made from what is asked for; one that is not finished passes.
+
+    A weights file that is no longer there proves nothing, and the run has its own copy.
+
+    Args:
+        out_uri: the run directory.
+        name: of the teacher.
+        weights: asked for; None: trained.
+        settings: of its training, see ``settings_digest``.
+
+    Raises:
+        UserError: it was made from other weights or settings.
+    """
+    folder = teacher_folder(out_uri, name)
+    card = read_card(folder)
+    if card is None:
+        return
+    if weights is None:
+        same = card.origin == SQUEEZED and card.settings_sha256 in (None, settings)
+        what = "other weights or settings than those of the configuration"
+    else:
+        sha256 = _origin_sha256(weights)
+        given = card.origin == PRETRAINED if weights == PRETRAINED else card.origin not in (SQUEEZED, PRETRAINED)
+        same = given and (sha256 is None or card.origin_sha256 in (None, sha256))
+        what = f"other weights than {weights}"
+    if not same:
+        raise UserError(f"teachers.{name}: {folder} was made from {what}; choose another out")
+
+
+def _origin_sha256(weights: str | None) -> str | None:
+    """Of a given weights file; None where there is no such file."""
+    if weights is None or weights == PRETRAINED or not storage.exists(weights):
+        return None
+    return hashlib.sha256(read_weights_bytes(weights)).hexdigest()
 
 
 def _code_digest(arch: str) -> str | None:
@@ -131,7 +211,9 @@ def make_card(job: TeacherJob, teacher: Teacher, train: Accuracy | None, val: Ac
         val_top1_all=val.top1_all,
         val_images=val.images,
         sha256=sha256,
-        origin=job.spec.weights or "squeeze",
+        origin=job.spec.weights or SQUEEZED,
+        origin_sha256=_origin_sha256(job.spec.weights),
+        settings_sha256=job.settings if job.spec.weights is None else None,
     )
 
 

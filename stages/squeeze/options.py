@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cluster.resources import Frozen
 
@@ -21,7 +21,7 @@ class SqueezeOptions(Frozen):
         flip: horizontal flips.
         precision: ``auto`` = bf16 autocast on GPUs, fp32 on CPUs.
         cache: URI of a folder of trained teachers, shared between runs and looked up by content (architecture,
-            data, settings, seed).
+            data, settings, seed, workers and threads).
     """
 
     epochs: int = Field(default=10, ge=1)
@@ -37,3 +37,9 @@ class SqueezeOptions(Frozen):
     flip: bool = True
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     cache: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> SqueezeOptions:
+        if self.crop_padding and self.crop_min_scale is not None:
+            raise ValueError("crop_padding and crop_min_scale exclude each other; leave one of them out")
+        return self

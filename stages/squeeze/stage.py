@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -10,23 +11,32 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from cluster import storage
-from cluster.errors import RunError
+from cluster.errors import RunError, UserError
 from cluster.progress import ProgressWriter, follow
 from cluster.resources import TrainResources
 from cluster.rng import derive_seed
 from cluster.shards import Dataset, load_dataset
 from stages.data import DataSpec
+from stages.squeeze.augment import check_squeeze
 from stages.squeeze.core import TeacherTraining, train_epochs
 from stages.squeeze.data import RealImages
-from stages.squeeze.jobs import TeacherJob, commit, copy_teacher, plan_job, teacher_folder
+from stages.squeeze.jobs import (
+    TeacherJob,
+    check_origin,
+    commit,
+    copy_teacher,
+    plan_job,
+    settings_digest,
+    teacher_folder,
+)
 from stages.squeeze.options import SqueezeOptions
 from stages.teachers.accuracy import Accuracy, top1
 from stages.teachers.card import read_card
 from stages.teachers.options import TeacherSpec
 from stages.teachers.teacher import Teacher, fresh_teacher, load_teacher
+from stages.training import Worker, torch_threads
 
 # A given teacher is measured on so many validation images (standard error below 0.8 points), a trained one on all;
 # both on so many training images.
@@ -44,24 +54,6 @@ class Checkpoints(Protocol):
     def save(self, content: bytes | None, metrics: dict[str, Any]) -> None:
         """Keep a state; workers other than the first pass None."""
         ...
-
-
-@dataclass(frozen=True)
-class Worker:
-    """One of the processes that train together.
-
-    Attributes:
-        checkpoints: of the group.
-        device: to train on.
-        rank, world: which of how many.
-        wrap: makes a network data-parallel.
-    """
-
-    checkpoints: Checkpoints
-    device: str = "cpu"
-    rank: int = 0
-    world: int = 1
-    wrap: Callable[[nn.Module], nn.Module] = lambda network: network
 
 
 @dataclass(frozen=True)
@@ -140,11 +132,15 @@ def squeeze_teachers(
         serial: in this process, without Ray.
 
     Raises:
-        UserError: weights or architecture do not fit.
+        UserError: weights, architecture or augmentation do not fit, or a finished teacher is of other weights.
         RunError: training failed; what is finished is kept.
     """
-    fingerprints = [load_dataset(train_uri, "data.train").fingerprint, load_dataset(val_uri, "data.val").fingerprint]
-    jobs = [plan_job(name, spec, options, data, fingerprints, seed) for name, spec in teachers.items()]
+    check_squeeze(options, data)
+    train, val = load_dataset(train_uri, "data.train"), load_dataset(val_uri, "data.val")
+    check_teachers(out_uri, teachers, data, train.fingerprint, options, seed)
+    decided = _decided(resources, serial)
+    fingerprints = [train.fingerprint, val.fingerprint]
+    jobs = [plan_job(name, spec, options, data, fingerprints, seed, decided) for name, spec in teachers.items()]
     # Given weights first: what is wrong with them shows before hours are spent on the others.
     pending = sorted((job for job in jobs if _missing(out_uri, job, options)), key=lambda job: job.spec.weights is None)
     if not pending:
@@ -163,7 +159,8 @@ def squeeze_teachers(
     checkpoints_uri = storage.join(out_uri, "progress", "squeeze-checkpoints")
     with follow(progress_uri, "squeeze", sum(job.steps for job in pending), "epochs"):
         if serial:
-            run_jobs(arguments, Worker(FileCheckpoints(storage.join(checkpoints_uri, "serial.pt"))))
+            with torch_threads(resources.threads):
+                run_jobs(arguments, Worker(), FileCheckpoints(storage.join(checkpoints_uri, "serial.pt")))
         else:
             from cluster.training import run_trainer
 
@@ -172,6 +169,42 @@ def squeeze_teachers(
     if missing:
         raise RunError(f"squeeze: {', '.join(missing)} did not finish; run the same command again to resume")
     storage.remove(checkpoints_uri)
+
+
+def check_teachers(
+    out_uri: str,
+    teachers: Mapping[str, TeacherSpec],
+    data: DataSpec,
+    fingerprint: str,
+    options: SqueezeOptions,
+    seed: int,
+) -> None:
+    """Prove that the teachers which the run directory holds are those asked for; reads weights files, builds nothing.
+
+    Args:
+        out_uri: the run directory.
+        teachers: name → specification.
+        data: the space of the images.
+        fingerprint: of the training data.
+        options: of the training.
+        seed: of the run.
+
+    Raises:
+        UserError: a teacher there was made from other weights or settings.
+    """
+    for name, spec in teachers.items():
+        settings = settings_digest(name, spec, options, data, fingerprint, seed)
+        check_origin(out_uri, name, spec.weights, settings)
+
+
+def _decided(resources: TrainResources, serial: bool) -> TrainResources:
+    """What the training will have: ``gpu`` is True or False."""
+    if serial:
+        return resources.model_copy(update={"workers": 1, "gpu": False})
+    from cluster.session import cluster_totals
+
+    gpu = resources.gpu if resources.gpu is not None else cluster_totals()[1] > 0
+    return resources.model_copy(update={"gpu": gpu})
 
 
 def _missing(out_uri: str, job: TeacherJob, options: SqueezeOptions) -> bool:
@@ -197,17 +230,18 @@ def train_loop(arguments: dict[str, Any]) -> None:
     world = context.get_world_size()
     device, rank = str(ray.train.torch.get_device()), context.get_world_rank()
     if world > 1:
-        run_jobs(arguments, Worker(RayCheckpoints(), device, rank, world, ray.train.torch.prepare_model))
+        run_jobs(arguments, Worker(device, rank, world, ray.train.torch.prepare_model), RayCheckpoints())
     else:
-        run_jobs(arguments, Worker(RayCheckpoints(), device))
+        run_jobs(arguments, Worker(device), RayCheckpoints())
 
 
-def run_jobs(arguments: dict[str, Any], worker: Worker) -> None:
+def run_jobs(arguments: dict[str, Any], worker: Worker, checkpoints: Checkpoints) -> None:
     """Adopt or train teachers one after the other; the images are decoded once for all.
 
     Args:
         arguments: plain values, see ``squeeze_teachers``.
         worker: this process.
+        checkpoints: of the group.
     """
     out_uri, seed = arguments["out_uri"], arguments["seed"]
     jobs = [TeacherJob.model_validate(job) for job in arguments["jobs"]]
@@ -230,7 +264,7 @@ def run_jobs(arguments: dict[str, Any], worker: Worker) -> None:
                 adopt(out_uri, job, data, train, val, worker)
                 say(1, f"{job.name} taken over")
             else:
-                train_teacher(out_uri, job, data, (real, real_val), train, options, seed, worker, say)
+                train_teacher(out_uri, job, data, (real, real_val), train, options, seed, worker, checkpoints, say)
         done += job.steps
 
 
@@ -238,16 +272,27 @@ def adopt(out_uri: str, job: TeacherJob, data: DataSpec, train: Dataset, val: Da
     """Load, check and measure given weights, and copy them into the run under the architecture's own names.
 
     Raises:
-        UserError: the weights do not fit.
+        UserError: the weights do not fit, or are no better than guessing.
     """
     if worker.rank == 0:
         teacher = load_teacher(job.name, job.spec, data, worker.device)
-        commit(
-            out_uri,
-            job,
-            teacher,
-            top1(teacher, train, worker.device, TRAIN_IMAGES),
-            top1(teacher, val, worker.device, GIVEN_VAL_IMAGES),
+        found = top1(teacher, val, worker.device, GIVEN_VAL_IMAGES)
+        _refuse_guessing(job.name, found, data.num_classes)
+        commit(out_uri, job, teacher, top1(teacher, train, worker.device, TRAIN_IMAGES), found)
+
+
+def _refuse_guessing(name: str, found: Accuracy, num_classes: int) -> None:
+    """Classes, normalisation or weights of a given teacher that guesses are not what the data needs.
+
+    Raises:
+        UserError: its accuracy cannot be told from chance.
+    """
+    chance = 1 / num_classes
+    # Two standard errors above guessing: less cannot be told from it.
+    if found.top1 <= chance + 2 * math.sqrt(chance * (1 - chance) / found.images):
+        raise UserError(
+            f"teachers.{name}: top-1 on the validation data is {100 * found.top1:.1f} %, no better than guessing "
+            f"({100 * chance:.1f} %); check its weights, mean and std, input_size and the order of its classes"
         )
 
 
@@ -260,6 +305,7 @@ def train_teacher(
     options: SqueezeOptions,
     seed: int,
     worker: Worker,
+    checkpoints: Checkpoints,
     say: Callable[[int, str], None],
 ) -> Teacher:
     """Train one teacher from where it was left, commit it and put it into the cache.
@@ -273,17 +319,15 @@ def train_teacher(
         options: of the training.
         seed: of the run.
         worker: this process.
+        checkpoints: of the group.
         say: told (finished epochs, message).
 
     Raises:
         RunError: the loss diverged.
     """
-    device = torch.device(worker.device)
     teacher = fresh_teacher(job.name, job.spec, data, derive_seed(seed, "teacher", job.name))
-    training = TeacherTraining(
-        teacher, options, job.epochs, job.lr, seed, device, worker.rank, worker.world, worker.wrap
-    )
-    state = _unpack(worker.checkpoints.load(), job, device)
+    training = TeacherTraining(teacher, options, job.epochs, job.lr, seed, worker)
+    state = _unpack(checkpoints.load(), job, training.device)
     if state:
         training.restore(state)
     say(training.epoch, f"{job.name} epoch {training.epoch}/{job.epochs}")
@@ -295,7 +339,7 @@ def train_teacher(
             "val_top1": training.accuracies[-1],
         }
         content = _pack(training, job) if worker.rank == 0 else None
-        worker.checkpoints.save(content, metrics)
+        checkpoints.save(content, metrics)
         say(
             training.epoch,
             f"{job.name} epoch {training.epoch}/{job.epochs} val {100 * training.accuracies[-1]:.1f} %",
@@ -303,7 +347,8 @@ def train_teacher(
     if worker.rank == 0:
         val_images = images[1].dataset.num_images
         right = training.accuracies[-1]
-        commit(out_uri, job, teacher, top1(teacher, train, device, TRAIN_IMAGES), Accuracy(right, right, val_images))
+        measured = top1(teacher, train, training.device, TRAIN_IMAGES)
+        commit(out_uri, job, teacher, measured, Accuracy(right, right, val_images))
         cached = _cached(job, options)
         if cached:
             copy_teacher(teacher_folder(out_uri, job.name), cached)

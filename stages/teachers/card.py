@@ -32,6 +32,8 @@ class TeacherCard(Frozen):
         train_images, val_images: images those were measured on.
         sha256: of the weights file.
         origin: ``squeeze`` or the weights' URI.
+        origin_sha256: of the file that the weights were taken from; None where there was none.
+        settings_sha256: of what the training of a squeezed teacher was asked for (``TeacherJob.settings``).
     """
 
     arch: str
@@ -52,6 +54,8 @@ class TeacherCard(Frozen):
     val_images: int
     sha256: str
     origin: str
+    origin_sha256: str | None = None
+    settings_sha256: str | None = None
 
     @property
     def bn_layers(self) -> int:

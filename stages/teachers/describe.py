@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cluster.errors import UserError
-from stages.teachers.build import build_network
+from stages.teachers.build import bn_layers, build_network
 from stages.teachers.options import NetworkSpec
 
 
@@ -20,12 +20,14 @@ class NetworkFacts:
     Attributes:
         flops: floating-point operations of one forward pass of one image (two per multiply-add).
         parameters: trainable parameters.
-        bn_channels: channels of every BatchNorm2d layer, in ``modules()`` order.
+        bn_channels: channels of every BatchNorm2d layer with running statistics, in ``modules()`` order.
+        bn_repeated: names of those that run more than once in a forward pass, whose statistics nothing can match.
     """
 
     flops: float
     parameters: int
     bn_channels: list[int]
+    bn_repeated: list[str]
 
 
 def describe_network(
@@ -36,7 +38,8 @@ def describe_network(
     Args:
         spec: architecture.
         num_classes: outputs it must have.
-        channels, image_size: of its input.
+        channels: of its input.
+        image_size: of its input.
         field: of the configuration, for messages.
 
     Raises:
@@ -52,6 +55,14 @@ def describe_network(
         network = build_network(spec, num_classes, channels).to("meta")
     network.eval()
     counter = FlopCounterMode(display=False)
+    layers = bn_layers(network)
+    runs: dict[nn.Module, int] = dict.fromkeys(layers, 0)
+
+    def count(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        runs[layer] += 1
+
+    for layer in layers:
+        layer.register_forward_pre_hook(count)
     try:
         with torch.no_grad(), counter:
             logits = network(torch.zeros(2, channels, image_size, image_size, device="meta"))
@@ -60,15 +71,21 @@ def describe_network(
             f"{field}: {spec.arch} does not accept {channels}×{image_size}×{image_size} images ({_first_line(error)}); "
             "choose another architecture, its kwargs, or input_size"
         ) from None
+    if not isinstance(logits, Tensor):
+        raise UserError(
+            f"{field}: {spec.arch} returned a {type(logits).__name__}; its factory must return a network that gives "
+            "logits [B, classes]"
+        )
     if tuple(logits.shape) != (2, num_classes):
         raise UserError(
-            f"{field}: {spec.arch} gives {tuple(logits.shape)[1:]} outputs an image, but {num_classes} classes are expected; "
-            "set num_outputs and class_index to use a network that knows more classes"
+            f"{field}: {spec.arch} gives {tuple(logits.shape)[1:]} outputs an image, but {num_classes} classes are "
+            "expected; set num_outputs and class_index to use a network that knows more classes"
         )
     return NetworkFacts(
         flops=counter.get_total_flops() / 2,
         parameters=sum(p.numel() for p in network.parameters()),
-        bn_channels=[m.num_features for m in network.modules() if isinstance(m, nn.BatchNorm2d)],
+        bn_channels=[layer.num_features for layer in layers],
+        bn_repeated=[name for name, layer in network.named_modules() if runs.get(layer, 0) > 1],
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cluster.errors import RunError, UserError
 from stages.data import DataSpec
-from stages.evaluate.core import StudentTraining, batch_slices, new_student, parameter_groups, train_student
+from stages.evaluate.core import StudentTraining, batch_slices, new_student, train_student
 from stages.evaluate.options import Protocol
 from stages.evaluate.schedules import lr_multiplier
 from stages.imageset import ImageSet
@@ -20,10 +20,10 @@ from stages.relabel.options import RelabelOptions
 from stages.relabel.store import EpochLabels
 from stages.relabel.views import draw_views, render_views
 from stages.teachers.options import NetworkSpec
+from stages.training import Worker, parameter_groups
 
 SIZE, CLASSES, COUNT = 12, 4, 30
 DATA = DataSpec(SIZE, 3, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), tuple("abcd"))
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +55,7 @@ def network() -> nn.Module:
 
 def training(images: ImageSet, net: nn.Module | None = None, epochs: int = 4, **options: Any) -> StudentTraining:
     protocol = Protocol.model_validate({"batch": 8, "lr": 0.01, **options})
-    return StudentTraining(net or network(), images, protocol, DATA, epochs, 7, CPU)
+    return StudentTraining(net or network(), images, protocol, DATA, epochs, 7, Worker())
 
 
 def finish(student: StudentTraining) -> dict[str, Tensor]:
@@ -205,7 +205,7 @@ def test_labels_of_other_images_are_refused(images: ImageSet) -> None:
 
 def test_batch_too_small_for_the_workers_names_the_field(images: ImageSet) -> None:
     with pytest.raises(UserError, match=r"evaluate\.protocol\.batch"):
-        StudentTraining(network(), images, Protocol(batch=3), DATA, 1, 0, CPU, world=2)
+        StudentTraining(network(), images, Protocol(batch=3), DATA, 1, 0, Worker(world=2))
 
 
 def test_initial_weights_belong_to_name_and_seed() -> None:

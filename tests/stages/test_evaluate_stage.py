@@ -19,7 +19,7 @@ from cluster.errors import UserError
 from cluster.progress import read_progress
 from cluster.resources import ActorResources, TrainResources
 from cluster.rng import generator
-from cluster.runner import run_ray, run_serial
+from cluster.runner import ActorStage, Row, run_ray, run_serial
 from stages.data import DataSpec
 from stages.evaluate import train
 from stages.evaluate.baselines import choose_real, random_real, random_real_uri
@@ -173,7 +173,9 @@ def test_arms_share_initial_weights_and_differ_after(case: Case) -> None:
     assert weights(case, soft)[4] != weights(case, hard)[4]
 
 
-def test_killed_training_resumes_with_the_same_bytes(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kept", [1, 2, 3])
+def test_killed_training_resumes_with_the_same_bytes(case: Case, monkeypatch: pytest.MonkeyPatch, kept: int) -> None:
+    """From the state of any epoch, validated (2) or not."""
     train_serial(case, case.jobs[:2])
     whole = [weights(case, job) for job in case.jobs[:2]]
     for job in case.jobs[:2]:
@@ -190,7 +192,7 @@ def test_killed_training_resumes_with_the_same_bytes(case: Case, monkeypatch: py
     def dies(training: Any, read: Any) -> Any:
         for student in original(training, read):
             epochs.append(student.epoch)
-            if len(epochs) == EPOCHS + 3:  # the second job, after its state at epoch 2
+            if len(epochs) == EPOCHS + kept + 1:  # the second job, before the next state
                 raise Killed
             yield student
 
@@ -199,7 +201,7 @@ def test_killed_training_resumes_with_the_same_bytes(case: Case, monkeypatch: py
         train_serial(case, case.jobs[:2])
     rows = train_serial(case, case.jobs[:2])
     assert [r["id"] for r in rows] == [case.jobs[1].id]
-    assert epochs == [1, 2, 3, 4, 1, 2, 3, 3, 4]
+    assert epochs == [1, 2, 3, 4, *range(1, kept + 2), *range(kept + 1, EPOCHS + 1)]
     assert [weights(case, job) for job in case.jobs[:2]] == whole
     losses = StudentStore(case.out, case.jobs[1]).trained()["losses"]
     assert len(losses) == EPOCHS
@@ -278,6 +280,27 @@ def test_random_real_resumes_and_follows_the_configuration(case: Case) -> None:
 def test_fewer_images_than_ipc_names_the_class(case: Case) -> None:
     with pytest.raises(UserError, match=r"class \d has \d+ images, fewer than ipc = 60; lower ipc"):
         random_real(case.out, case.train, case.data, 60, 0, ActorResources(), run_serial)
+
+
+def test_serial_training_keeps_to_its_threads(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(2)
+    found = []
+    monkeypatch.setattr(train, "train_job", lambda *args: found.append(torch.get_num_threads()))
+    for threads in (1, None):
+        train_students(case.out, case.jobs[:1], case.data, TrainResources(threads=threads), serial=True)
+    assert found == [1, 2]
+    assert torch.get_num_threads() == 2
+
+
+def test_copying_reserves_no_gpu(case: Case) -> None:
+    stages = []
+
+    def runner(rows: list[Row], chain: list[ActorStage]) -> Iterator[Row]:
+        stages.extend(chain)
+        return run_serial(rows, chain)
+
+    random_real(case.out, case.train, case.data, IPC, 1, ActorResources(gpus=1, cpus=2), runner)
+    assert [(s.resources.gpus, s.resources.cpus) for s in stages] == [(0, 2)]
 
 
 @pytest.mark.ray

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from cluster.errors import RunError
 from stages.data import DataSpec
 from stages.recover.augment import augment, draw_augmentation
 from stages.recover.core import LOG_EVERY, initial_noise, learning_rate, recover_unit
-from stages.recover.options import RecoverOptions
+from stages.recover.options import Crop, RecoverOptions
 from stages.recover.unit import RecoverUnit
 
 DATA = DataSpec(12, 3, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), ("a", "b", "c", "d"))
@@ -123,10 +124,19 @@ def test_noise_is_standard_normal_and_keyed_by_the_units_seed() -> None:
     assert not torch.equal(noise, initial_noise(unit(classes=big.classes, seed=12), DATA))
 
 
-def test_noise_units_start_inside_the_valid_range(teachers: dict[str, Any]) -> None:
-    """With the smallest of steps the result is the clamped noise."""
-    got = recover_unit(unit(iterations=1), None, teachers, RecoverOptions(lr=1e-9), DATA, "cpu").pixels
-    expected = DATA.denormalise(initial_noise(unit(), DATA))
+def test_noise_is_clamped_after_the_first_step_only(teachers: dict[str, Any]) -> None:
+    """Teachers first see the noise as it was drawn; with the smallest of steps the result is the clamped noise."""
+    seen: list[Tensor] = []
+    teachers["a"].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
+    options = RecoverOptions(lr=1e-9, crop=Crop(min_scale=1), flip=False, roll=0)
+    got = recover_unit(unit(iterations=2), None, teachers, options, DATA, "cpu").pixels
+    noise = initial_noise(unit(), DATA)
+    low, high = DATA.valid_range(noise)
+    assert ((noise < low) | (noise > high)).float().mean() > 0.02
+    *_, first, second = seen
+    assert torch.allclose(first, noise, atol=1e-6)
+    assert torch.allclose(second, noise.clamp(low, high), atol=1e-6)
+    expected = DATA.denormalise(noise)
     assert (got.int() - expected.int()).abs().max() <= 1
     assert got.min() == 0
     assert got.max() == 255
@@ -192,6 +202,52 @@ def test_does_not_touch_its_inputs_nor_global_random_state(teachers: dict[str, A
     two = recover_unit(unit(), start, teachers, RecoverOptions(), DATA, "cpu")
     assert torch.equal(one.pixels, two.pixels)
     assert one.log == two.log
+
+
+FLAGS = [
+    (torch.backends.cudnn, "benchmark"),
+    (torch.backends.cudnn, "deterministic"),
+    (torch.backends.cudnn, "allow_tf32"),
+    (torch.backends.cuda.matmul, "allow_tf32"),
+]
+
+
+@pytest.fixture
+def callers_flags() -> Iterator[list[bool]]:
+    """All against what recovery wants."""
+    before = [getattr(holder, name) for holder, name in FLAGS]
+    values = [True, False, True, True]
+    for (holder, name), value in zip(FLAGS, values, strict=True):
+        setattr(holder, name, value)
+    yield values
+    for (holder, name), value in zip(FLAGS, before, strict=True):
+        setattr(holder, name, value)
+
+
+def test_float32_is_full_and_reproducible_while_it_lasts(teachers: dict[str, Any], callers_flags: list[bool]) -> None:
+    """Whatever the caller's settings, which are theirs again afterwards, after an error too."""
+    seen: list[list[bool]] = []
+
+    def look(done: int, total: int) -> None:
+        seen.append([getattr(holder, name) for holder, name in FLAGS])
+        if done == 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        recover_unit(unit(), images(), teachers, RecoverOptions(), DATA, "cpu", on_step=look)
+    assert seen == [[False, True, False, False]] * 2
+    assert [getattr(holder, name) for holder, name in FLAGS] == callers_flags
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"betas": (0.5, 1.0)}, {"betas": (-0.1, 0.9)}, {"betas": (float("nan"), 0.9)}, {"lr": float("inf")},
+     {"r_bn": float("nan")}, {"var_weight": float("inf")}],
+)  # fmt: skip
+def test_settings_that_no_optimiser_takes(bad: dict[str, Any]) -> None:
+    (field,) = bad
+    with pytest.raises(ValueError, match=field):
+        RecoverOptions(**bad)
 
 
 def test_nan_names_unit_seed_and_step(teachers: dict[str, Any]) -> None:

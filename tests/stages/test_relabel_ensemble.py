@@ -70,6 +70,12 @@ def test_frobenius_mean_ignores_a_teachers_scale_but_for_the_common_one():
     np.testing.assert_allclose(once / np.linalg.norm(once), twice / np.linalg.norm(twice), atol=1e-6)
 
 
+def test_priors_of_teachers_that_do_not_label_count_for_nothing():
+    logits = [torch.from_numpy(z) for z in draw(2)]
+    chosen = RelabelOptions(teachers=NAMES[:2], ensemble="prior_softmax", priors={**PRIORS, "three": 1e6})
+    assert torch.equal(combine(logits, chosen), by_rule("prior_softmax", draw(2)))
+
+
 def test_silent_teacher_gives_no_nan():
     a, b = draw(2)
     for rule in ("frobenius_mean", "primary_half"):

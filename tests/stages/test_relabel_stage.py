@@ -46,7 +46,7 @@ class Setup:
         )
 
     def teacher_stage(self, name: str, options: RelabelOptions) -> TeacherStage:
-        return TeacherStage(name, self.teachers[name], self.images, DATA, options, 4)
+        return TeacherStage(name, self.teachers[name], self.images, DATA, options, 4, gpu=False)
 
 
 @pytest.fixture(scope="module")

@@ -12,18 +12,19 @@ import torch
 from numpy.typing import NDArray
 
 from cluster import shards, storage
-from cluster.errors import RunError
+from cluster.errors import RunError, UserError
 from cluster.rng import generator
 from cluster.shards import Dataset
 from stages.data import DataSpec
 from stages.images import encode_png
-from stages.squeeze.augment import augmented, shift_and_flip
+from stages.squeeze.augment import augmented, check_squeeze, shift_and_flip
 from stages.squeeze.core import TeacherTraining, lr_multiplier, train_epochs
 from stages.squeeze.data import RealImages
 from stages.squeeze.options import SqueezeOptions
 from stages.teachers.options import TeacherSpec
 from stages.teachers.pixels import read_pixels
 from stages.teachers.teacher import fresh_teacher
+from stages.training import Worker
 
 CLASSES = [str(k) for k in range(10)]
 
@@ -153,6 +154,23 @@ def test_augmentation_is_drawn_by_counter(options):
     assert (a.min(), a.max()) >= (plain.min() - 1e-4, plain.max() - 3)
 
 
+def test_padding_ends_where_there_is_nothing_to_reflect():
+    data = DataSpec(12, 1, (0.5,), (0.25,), ("a", "b"))
+    check_squeeze(SqueezeOptions(crop_padding=11), data)
+    pixels = torch.arange(12 * 12, dtype=torch.uint8).view(1, 1, 12, 12)
+    corner = np.array([[-11], [-11]])
+    assert torch.equal(shift_and_flip(pixels, corner, np.array([False])), pixels.flip(2, 3))
+    for padding in (12, 23, 40):
+        with pytest.raises(UserError, match=rf"squeeze\.crop_padding: {padding} .* side 12; choose less"):
+            check_squeeze(SqueezeOptions(crop_padding=padding), data)
+
+
+def test_two_kinds_of_crop_exclude_each_other():
+    with pytest.raises(ValueError, match="crop_padding and crop_min_scale exclude each other"):
+        SqueezeOptions(crop_padding=4, crop_min_scale=0.3)
+    assert SqueezeOptions(crop_min_scale=0.3).crop_padding == 0
+
+
 def test_no_augmentation():
     data = DataSpec(6, 1, (0.5,), (0.25,), ("a", "b"))
     pixels = torch.randint(0, 256, (8, 1, 6, 6), dtype=torch.uint8)
@@ -193,9 +211,8 @@ def training_on(
 ) -> tuple[TeacherTraining, RealImages, RealImages]:
     data = spec_of(mnist[0])
     spec = TeacherSpec(arch=arch, kwargs=kwargs or {"width": 8})
-    training = TeacherTraining(
-        fresh_teacher("t", spec, data, 5), options, options.epochs, options.lr, 1, torch.device("cpu")
-    )
+    teacher = fresh_teacher("t", spec, data, 5)
+    training = TeacherTraining(teacher, options, options.epochs, options.lr, 1, Worker())
     return training, RealImages(mnist[0], data), RealImages(mnist[1], data)
 
 

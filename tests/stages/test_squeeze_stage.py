@@ -177,8 +177,13 @@ def test_cache_is_looked_up_by_content(case, tmp_path, monkeypatch):
 def test_what_the_cache_key_depends_on(tmp_path):
     data = DataSpec(28, 1, (0.1,), (0.3,), ("a", "b"))
 
-    def key(name="a", spec=CONV, options=OPTIONS, data=data, prints=("x", "y"), seed=0):
-        return plan_job(name, spec, options, data, list(prints), seed).key
+    here = TrainResources(threads=1, gpu=False)
+
+    def job(name="a", spec=CONV, options=OPTIONS, data=data, prints=("x", "y"), seed=0, resources=here):
+        return plan_job(name, spec, options, data, list(prints), seed, resources)
+
+    def key(**change):
+        return job(**change).key
 
     (tmp_path / "mine.py").write_text("def make(num_classes): ...")
     user = TeacherSpec(arch=f"user:{tmp_path / 'mine.py'}:make")
@@ -189,13 +194,21 @@ def test_what_the_cache_key_depends_on(tmp_path):
         key(spec=CONV.model_copy(update={"epochs": 5})),
         key(options=OPTIONS.model_copy(update={"batch": 33})),
         key(data=dataclasses.replace(data, mean=(0.2,))),
+        key(options=OPTIONS.model_copy(update={"precision": "bf16"})),
         key(prints=("x", "z")),
+        key(prints=("z", "y")),
         key(seed=1),
         key(spec=user),
     ]
     (tmp_path / "mine.py").write_text("def make(num_classes): return 1")
     keys.append(key(spec=user))
     assert len(set(keys)) == len(keys)
+    # The machine decides on the last bits, but not on what was asked for; nor does the validation data.
+    machines = [here.model_copy(update=u) for u in ({"workers": 2}, {"threads": 2}, {"threads": None}, {"gpu": True})]
+    assert len({key(), *(key(resources=m) for m in machines)}) == 5
+    assert {job(resources=m).settings for m in machines} == {job().settings, job(prints=("x", "z")).settings}
+    assert job(prints=("z", "y")).settings != job().settings
+    assert key() == key(resources=here.model_copy(update={"cpus": 2.0}))
     assert key() == key(options=OPTIONS.model_copy(update={"cache": "elsewhere", "epochs": 9, "lr": 9.0}))
 
 
@@ -203,7 +216,7 @@ def test_what_the_cache_key_depends_on(tmp_path):
 def given(case, tmp_path_factory) -> Path:
     """A teacher trained by another program: foreign names, another class order, more classes."""
     out = tmp_path_factory.mktemp("given")
-    case(out, {"conv": CONV})
+    case(out, {"conv": CONV.model_copy(update={"epochs": 5})})
     state = safetensors.torch.load((out / "teachers" / "conv" / "model.safetensors").read_bytes())
     order = [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]
     foreign = {k.replace("features", "net.body"): v for k, v in state.items()}
@@ -245,6 +258,88 @@ def test_bad_given_weights_stop_before_any_training(case, given, tmp_path):
     assert not (tmp_path / "teachers").exists()
 
 
+def given_spec(given: Path, **change: Any) -> TeacherSpec:
+    weights = str(given / "teachers" / "conv" / "model.safetensors")
+    return TeacherSpec(**{"arch": CONV.arch, "kwargs": CONV.kwargs, "weights": weights, **change})
+
+
+def test_given_weights_that_guess_leave_nothing_behind(case, given, tmp_path):
+    """Classes in another order: refused before a card says that the teacher is complete, so it can be put right."""
+    names = list(case.data.class_names)
+    wrong = given_spec(given, class_index={name: (k + 1) % 10 for k, name in enumerate(names)}, num_outputs=10)
+    for _ in range(2):
+        with pytest.raises(
+            UserError, match=r"teachers\.g: top-1 .* no better than guessing \(10\.0 %\); check its weights"
+        ):
+            case(tmp_path, {"g": wrong})
+        assert digests(tmp_path) == {}
+    case(tmp_path, {"g": given_spec(given)})
+    assert card(tmp_path, "g").val_top1 == card(given, "conv").val_top1
+
+
+def test_trained_teachers_may_guess(case, tmp_path):
+    case(tmp_path, {"slow": CONV.model_copy(update={"lr": 1e-9})})
+    assert card(tmp_path, "slow").val_top1 < 0.25
+
+
+def test_a_finished_teacher_of_other_weights_is_refused(case, given, tmp_path):
+    file = tmp_path / "mine.safetensors"
+    content = (given / "teachers" / "conv" / "model.safetensors").read_bytes()
+    file.write_bytes(content)
+    spec = given_spec(given, weights=str(file))
+    out = tmp_path / "out"
+    case(out, {"g": spec})
+    assert card(out, "g").origin_sha256 == hashlib.sha256(content).hexdigest()
+    before = digests(out)
+    # The same file elsewhere is the same teacher, and so is one that was deleted since.
+    case(out, {"g": given_spec(given)})
+    case(out, {"g": spec.model_copy(update={"weights": str(tmp_path / "gone.safetensors")})})
+    state = safetensors.torch.load(content)
+    state["head.bias"] += 1e-3
+    file.write_bytes(safetensors.torch.save(state))
+    for other in (spec, given_spec(given, weights="pretrained"), given_spec(given, weights=None)):
+        with pytest.raises(UserError, match=r"^teachers\.g: .*/teachers/g was made from other weights.*another out$"):
+            case(out, {"g": other})
+        assert digests(out) == before
+    file.write_bytes(content)
+    case(out, {"g": spec})
+    assert digests(out) == before
+
+
+def test_a_finished_teacher_of_other_settings_is_refused(case, tmp_path):
+    case(tmp_path, {"conv": CONV})
+    before = digests(tmp_path)
+    others = [
+        ({"conv": CONV.model_copy(update={"lr": 0.2})}, OPTIONS),
+        ({"conv": CONV}, OPTIONS.model_copy(update={"batch": 16})),
+        ({"conv": CONV.model_copy(update={"weights": str(DEMO / "train" / "dataset.json")})}, OPTIONS),
+    ]
+    for teachers, options in others:
+        with pytest.raises(UserError, match=r"^teachers\.conv: .*/teachers/conv was made from other weights"):
+            case(tmp_path, teachers, options)
+        assert digests(tmp_path) == before
+    # Another machine or cache is no other teacher.
+    resources = TrainResources(threads=2, workers=2, gpu=False)
+    options = OPTIONS.model_copy(update={"cache": str(tmp_path / "cache")})
+    squeeze_teachers(str(tmp_path), {"conv": CONV}, case.data, case.train, case.val, options, resources, 7, serial=True)
+    assert digests(tmp_path) == before
+
+
+def test_too_much_padding_stops_before_any_work(case, tmp_path):
+    with pytest.raises(UserError, match=r"squeeze\.crop_padding: 28"):
+        case(tmp_path, {"conv": CONV}, OPTIONS.model_copy(update={"crop_padding": 28}))
+    assert not (tmp_path / "teachers").exists()
+
+
+def test_serial_squeeze_keeps_to_its_threads(case, tmp_path, monkeypatch):
+    torch.set_num_threads(2)
+    seen = []
+    original = stage.train_teacher
+    monkeypatch.setattr(stage, "train_teacher", lambda *a: seen.append(torch.get_num_threads()) or original(*a))
+    case(tmp_path, {"conv": CONV})
+    assert (seen, torch.get_num_threads()) == ([1], 2)
+
+
 def test_pretrained_weights_are_adopted(case, given, tmp_path, monkeypatch):
     """What the library says of them ends in the card."""
     from stages.teachers import teacher as module
@@ -252,12 +347,13 @@ def test_pretrained_weights_are_adopted(case, given, tmp_path, monkeypatch):
     network = load_teacher(
         "t", CONV.model_copy(update={"weights": str(given / "teachers" / "conv" / "model.safetensors")}), case.data
     ).network
-    published = Pretrained(network, 10, [0.5], [0.25], 32)
+    published = Pretrained(network, 10, [0.15], [0.3], 32)
     monkeypatch.setattr(module, "load_pretrained", lambda spec, channels, field: published)
     case(tmp_path, {"p": TeacherSpec(arch=CONV.arch, kwargs=CONV.kwargs, weights="pretrained")})
     found = card(tmp_path, "p")
-    assert (found.mean, found.std, found.input_size, found.origin) == ([0.5], [0.25], 32, "pretrained")
-    assert found.val_images == 200
+    assert (found.mean, found.std, found.input_size, found.origin) == ([0.15], [0.3], 32, "pretrained")
+    assert (found.val_images, found.origin_sha256) == (200, None)
+    case(tmp_path, {"p": TeacherSpec(arch=CONV.arch, kwargs=CONV.kwargs, weights="pretrained")})
 
 
 def test_divergence_keeps_what_is_finished(case, tmp_path):
