@@ -10,6 +10,8 @@ from cluster.shards import Dataset, load_dataset
 from pipeline import rundir
 from pipeline.config import Config
 from stages.data import DataSpec
+from stages.squeeze.augment import check_squeeze
+from stages.squeeze.stage import check_teachers
 from stages.teachers.card import CARD_FILE
 from stages.teachers.describe import NetworkFacts, describe_network
 from stages.teachers.teacher import load_teacher
@@ -63,6 +65,12 @@ def check_networks(config: Config, num_classes: int) -> dict[str, NetworkFacts]:
                     "give a BN loss; take it out of the list (recover.allow_null_bn: true reproduces the published "
                     "arithmetic)"
                 )
+    for name in config.recover.bn_teachers:
+        if facts[name].bn_repeated:
+            raise UserError(
+                f"recover.bn_teachers: {name} runs its BatchNorm layer {facts[name].bn_repeated[0]} more than once in "
+                "a forward pass, so there are no statistics to match; take it out of the list"
+            )
     return facts
 
 
@@ -181,8 +189,10 @@ def preflight(config: Config) -> Ready:
     train, val, data = check_data(config)
     networks = check_networks(config, data.num_classes)
     ready = Ready(train, val, data, networks, check_students(config, data.num_classes))
+    check_squeeze(config.squeeze, data)
     check_weights(config, data)
     rundir.check_owner(config, ready.fingerprints)
+    check_teachers(config.out, config.teachers, data, train.fingerprint, config.squeeze, config.seed)
     storage.check_writable(config.out, "out")
     return ready
 

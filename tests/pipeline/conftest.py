@@ -59,7 +59,11 @@ def tiny_config(tiny_data, tmp_path):
                 "seeds": [0],
                 "protocol": {"batch": 3, "val_every": 1},
             },
-            "resources": {"session": {"num_cpus": 2, "object_store_mb": 200}},
+            "resources": {
+                "session": {"num_cpus": 2, "object_store_mb": 200},
+                "squeeze": {"threads": 1},
+                "evaluate": {"threads": 1},
+            },
         }
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump(merge(value, sections), sort_keys=False))

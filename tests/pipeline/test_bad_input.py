@@ -148,6 +148,20 @@ def test_bn_teacher_without_batchnorm(prism, tiny_config, tmp_path):
         assert code == 0, err
 
 
+def test_bn_layer_that_runs_twice_and_padding_beyond_the_image(prism, tiny_config, tmp_path):
+    file = tmp_path / "twice.py"
+    file.write_text(
+        "from torch import nn\n\n"
+        "def make(num_classes, width=8):\n"
+        "    bn = nn.BatchNorm2d(width)\n"
+        "    return nn.Sequential(nn.Conv2d(3, width, 3), bn, nn.ReLU(), bn, nn.AdaptiveAvgPool2d(1), nn.Flatten(),\n"
+        "                         nn.Linear(width, num_classes))\n"
+    )
+    refused(prism("run", tiny_config(teachers={"twice": {"arch": f"user:{file}:make"}})), "twice", "more than once")
+    refused(prism("run", tiny_config(squeeze={"crop_padding": 16})), "squeeze.crop_padding", "16")
+    assert nothing_written(tmp_path)
+
+
 def test_hub_out_of_reach(prism, tiny_config, tmp_path):
     sections = {
         "teachers": {
