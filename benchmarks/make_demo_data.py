@@ -46,15 +46,10 @@ def main(src: str) -> None:
         for label in range(len(source.class_names)):
             members = np.flatnonzero(labels == label)
             draw = rng.generator(0, "demo-data", split.name, label)
-            chosen += sorted(
-                draw.permutation(members)[: IMAGES[split.name] // len(source.class_names)].tolist()
-            )
+            chosen += sorted(draw.permutation(members)[: IMAGES[split.name] // len(source.class_names)].tolist())
         written = []
         for index, start in enumerate(range(0, len(chosen), IMAGES_PER_SHARD)):
-            keys = {
-                split.keys[i].rpartition("/")[2]: split.keys[i]
-                for i in chosen[start : start + IMAGES_PER_SHARD]
-            }
+            keys = {split.keys[i].rpartition("/")[2]: split.keys[i] for i in chosen[start : start + IMAGES_PER_SHARD]}
             table, record = build_shard(
                 list(keys),
                 labels[chosen[start : start + IMAGES_PER_SHARD]].tolist(),

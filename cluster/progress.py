@@ -91,7 +91,7 @@ class StageProgress:
         """``done`` were there before; they say nothing of the speed."""
         self._before = done
         if self._bar:
-            self._bar.reset(self._task, completed=done, total=self.total)
+            self._bar.reset(self._task, completed=int(done), total=self.total)
         self.done = done
 
     def set(self, done: float, message: str = "") -> None:

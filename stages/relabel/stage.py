@@ -74,9 +74,7 @@ class TeacherStage:
             )
         logits = self.label(unit)
         if not np.isfinite(logits).all():
-            raise RunError(
-                f"teacher {self.name} gives logits that are not finite; check teachers.{self.name}"
-            )
+            raise RunError(f"teacher {self.name} gives logits that are not finite; check teachers.{self.name}")
         return {**row, _column(self.name): logits}
 
     @torch.inference_mode()
@@ -129,9 +127,7 @@ class CommitStage:
         parts = zip(*(z.split(sizes) for z in teachers), strict=True)
         logits = torch.cat([combine(part, self.options) for part in parts]).to(torch.float16).numpy()
         if not np.isfinite(logits).all():
-            raise RunError(
-                f"{unit.id}: combined logits exceed ±65504, the range of fp16; check the teachers' weights"
-            )
+            raise RunError(f"{unit.id}: combined logits exceed ±65504, the range of fp16; check the teachers' weights")
         epochs = range(unit.epoch_start, unit.epoch_stop)
         size = write_labels(
             self.labels_uri,

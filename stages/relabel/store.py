@@ -94,9 +94,7 @@ def write_labels(
         "mix_box": np.concatenate([v.box[i] for v, i in zip(views, ids, strict=True)]),
         "logits": logits,
     }
-    schema = label_schema(
-        logits.shape[1], {**metadata, "unit": unit.id, "num_images": unit.num_images, "batch": batch}
-    )
+    schema = label_schema(logits.shape[1], {**metadata, "unit": unit.id, "num_images": unit.num_images, "batch": batch})
     arrays = [_to_arrow(columns[field.name], field.type) for field in schema]
     # Floats and ids hardly repeat: a dictionary would only add to them.
     return shards.write_shard(
@@ -174,9 +172,7 @@ class LabelReader:
             raise RunError(f"{uri}: no readable label shards; {AGAIN}")
         self.metadata: dict[str, Any] = found
         if data is not None and found["class_names"] != list(data.class_names):
-            raise RunError(
-                f"{uri}: the labels are of other classes, or in another order, than the data; {AGAIN}"
-            )
+            raise RunError(f"{uri}: the labels are of other classes, or in another order, than the data; {AGAIN}")
         self._loaded: tuple[int, dict[str, NDArray[Any]]] | None = None
 
     def read_epoch(self, epoch: int) -> EpochLabels:
@@ -191,9 +187,7 @@ class LabelReader:
         ids, total = columns["image_id"][rows], self.metadata["num_images"]
         complete = np.array_equal(columns["position"][rows], np.arange(total))
         if not complete or not np.array_equal(np.sort(ids), np.arange(total)):
-            raise RunError(
-                f"{self.uri}: labels of epoch {epoch} are incomplete ({len(rows)} of {total}); {AGAIN}"
-            )
+            raise RunError(f"{self.uri}: labels of epoch {epoch} are incomplete ({len(rows)} of {total}); {AGAIN}")
         by_image = rows[np.argsort(ids)]
         views = EpochViews(
             crop=columns["crop"][by_image],

@@ -143,9 +143,7 @@ def _interpolate(x: Tensor, axis: int, lower: NDArray, upper: NDArray, weight: N
     """(1 − weight) · x[lower] + weight · x[upper] along ``axis`` (2 or 3), for each image its own taps."""
     shape = [len(x), 1, 1, 1]
     shape[axis] = lower.shape[1]
-    low, high, w = (
-        torch.from_numpy(np.ascontiguousarray(a)).to(x.device).view(shape) for a in (lower, upper, weight)
-    )
+    low, high, w = (torch.from_numpy(np.ascontiguousarray(a)).to(x.device).view(shape) for a in (lower, upper, weight))
     a = x.gather(axis, low.expand(x.shape)).to(torch.float32)
     b = x.gather(axis, high.expand(x.shape)).to(torch.float32)
     # Not torch.lerp, whose kernels fuse and round differently by device and by place in the batch.
