@@ -44,7 +44,7 @@ def crashes_once(config: dict[str, Any]) -> None:
         with Path(config["log"]).open("a") as log:
             import torch
 
-            log.write(f"{count} threads {torch.get_num_threads()}\n")
+            log.write(f"{count} threads {torch.get_num_threads()} {os.environ['OMP_WAIT_POLICY']}\n")
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "count").write_text(str(count))
             ray.train.report({"count": count}, checkpoint=ray.train.Checkpoint.from_directory(folder))
@@ -108,6 +108,6 @@ def test_crashed_run_goes_on_from_its_last_checkpoint_by_name(tmp_path: Path, ra
     places = {"name": "count", "storage_uri": str(tmp_path / "runs")}
     with pytest.raises(RunError, match=r"^count: training failed .*; run the same command again to resume$"):
         run_trainer(*arguments, **places, max_failures=0)
-    assert log.read_text() == "1 threads 1\n2 threads 1\n"
+    assert log.read_text() == "1 threads 1 PASSIVE\n2 threads 1 PASSIVE\n"
     run_trainer(*arguments, **places)
-    assert log.read_text() == "".join(f"{count} threads 1\n" for count in (1, 2, 3, 4))
+    assert log.read_text() == "".join(f"{count} threads 1 PASSIVE\n" for count in (1, 2, 3, 4))
