@@ -391,8 +391,8 @@ def test_ray_train_gives_the_serial_bytes(case, tmp_path, ray_local):
         case(tmp_path / "bad", {"none": RES.model_copy(update={"weights": "none.pt"})}, serial=False)
     # Two data-parallel workers: other bits, but a working teacher.
     resources = TrainResources(workers=2, threads=1, gpu=False)
-    squeeze_teachers(str(tmp_path / "two"), {"conv": CONV}, case.data, case.train, case.val, OPTIONS, resources, 7)
-    assert card(tmp_path / "two", "conv").val_top1 > 0.2
+    squeeze_teachers(str(tmp_path / "two"), {"res": RES}, case.data, case.train, case.val, OPTIONS, resources, 7)
+    assert card(tmp_path / "two", "res").val_top1 > 0.2
 
 
 @pytest.mark.ray
