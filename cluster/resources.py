@@ -40,16 +40,19 @@ class ActorResources(Frozen):
 
 
 class TrainResources(Frozen):
-    """One Ray Train worker group.
+    """Ray Train worker groups, each of which trains one network at a time.
 
     Attributes:
-        workers: data-parallel workers.
+        workers: data-parallel workers of one training.
+        parallel: trainings at the same time. None: as many as there are GPUs for, without GPUs as there are CPUs
+            for, and no more than networks to train.
         cpus: CPUs one worker reserves; 0.5 leaves the rest to Ray's own processes.
         gpu: one GPU per worker. None: yes where the cluster has GPUs.
-        threads: torch threads of one worker. None: all CPUs of the node divided by the workers.
+        threads: torch threads of one worker. None: all CPUs divided by all workers at the same time.
     """
 
     workers: int = Field(default=1, ge=1)
+    parallel: int | None = Field(default=None, ge=1)
     cpus: float = Field(default=0.5, ge=0)
     gpu: bool | None = None
     threads: int | None = Field(default=None, ge=1)

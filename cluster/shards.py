@@ -68,7 +68,7 @@ def table_bytes(table: pa.Table, **parquet_options: Any) -> bytes:
     """A table as Parquet file bytes; equal tables give equal bytes."""
     sink = io.BytesIO()
     # Encoded images and fp16 logits do not compress; the small columns do not matter.
-    pq.write_table(table, sink, **{"compression": "none", **parquet_options})
+    pq.write_table(table, sink, write_page_checksum=True, **{"compression": "none", **parquet_options})
     return sink.getvalue()
 
 
@@ -83,16 +83,18 @@ def read_shard(uri: str, columns: list[str] | None = None) -> pa.Table:
     """A shard as a table.
 
     Raises:
-        UserError: the file is missing or is no Parquet file.
+        UserError: the file is missing, is no Parquet file or fails its checksums.
     """
     fs, path = storage.resolve(uri)
     try:
         with fs.open(path, "rb") as file:
-            return pq.read_table(file, columns=columns)
+            return pq.read_table(file, columns=columns, page_checksum_verification=True)
     except FileNotFoundError:
         raise UserError(f"{uri}: no such shard") from None
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{uri}: not a readable Parquet file ({error}); delete it or import the data again") from None
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(
+            f"{uri}: not a readable Parquet file ({error}); delete it and run again, or import the data again"
+        ) from None
 
 
 def shard_metadata(uri: str) -> dict[str, Any] | None:

@@ -1,9 +1,10 @@
-"""Running a Ray Train worker group for squeeze and evaluate."""
+"""Running jobs in Ray Train worker groups, for squeeze and evaluate."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
@@ -14,49 +15,134 @@ from cluster.errors import PrismError, RunError, UserError
 from cluster.resources import TrainResources
 from cluster.session import cluster_totals
 
+Loop = Callable[[dict[str, Any], Iterator[int]], None]
+"""Called on every worker of a group with (config, indices of the jobs that the group gets)."""
 
-def run_trainer(
-    loop: Callable[[dict[str, Any]], None],
+
+class JobQueue:
+    """Hands jobs to worker groups, each to one, as they get free.
+
+    Args:
+        jobs: how many.
+    """
+
+    def __init__(self, jobs: int):
+        self._free = list(range(jobs))
+        self._held: dict[str, int] = {}
+
+    def take(self, group: str, done: int | None) -> int | None:
+        """The next job of a group, None at the end.
+
+        Args:
+            group: name of the asking group.
+            done: the job it has finished; None: none, for it has just started. A group that was restarted gets the
+                job again at which its worker died.
+        """
+        if done is not None:
+            self._held.pop(group, None)
+        if group not in self._held:
+            if not self._free:
+                return None
+            self._held[group] = self._free.pop(0)
+        return self._held[group]
+
+
+def run_trainers(
+    loop: Loop,
     config: dict[str, Any],
+    jobs: int,
     resources: TrainResources,
     *,
     name: str,
     storage_uri: str,
+    of: int | None = None,
     max_failures: int = 2,
 ) -> None:
-    """Run ``loop(config)`` on every worker of a ``TorchTrainer`` and wait for it.
+    """Run jobs in ``TorchTrainer`` worker groups that work at the same time, and wait for all of them.
 
-    A run of the same ``name`` and ``storage_uri`` that was cut short goes on from its last reported
-    checkpoint (``ray.train.get_checkpoint()``).
+    A group whose job raises ends; the others go on, and take what is left.
 
     Args:
-        loop: importable function.
+        loop: importable function, see ``Loop``.
         config: what it is called with: plain values such as paths, ids and options.
-        resources: of the worker group.
-        name: of the run, unique under ``storage_uri``.
-        storage_uri: folder for checkpoints.
-        max_failures: so often the group is started again after a worker died.
+        jobs: how many there are; at most so many groups are made.
+        resources: of one worker group.
+        name: of the groups, with their number; unique under ``storage_uri``.
+        storage_uri: folder of Ray Train's own records.
+        of: jobs of the whole run, by which the threads of a worker are counted, so that a run which was interrupted
+            goes on with as many. None: ``jobs``.
+        max_failures: so often a group is started again after a worker died.
 
     Raises:
-        PrismError: the one that ``loop`` raised, in its own words.
+        PrismError: the first that ``loop`` raised, in its own words.
         RunError: the workers failed otherwise.
     """
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
     total_cpus, total_gpus = cluster_totals()
-    use_gpu = resources.gpu if resources.gpu is not None else total_gpus > 0
+    node_cpus = max(float(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
+    groups, threads, use_gpu = fit_groups(resources, max(jobs, of or 0), total_cpus, node_cpus, total_gpus)
+    queue = ray.remote(num_cpus=0)(JobQueue).remote(jobs)
+    errors: list[Exception] = []
+
+    def drive(group: str) -> None:
+        try:
+            _run_group(_Loop(loop, threads, queue, group), config, resources, use_gpu, group, storage_uri, max_failures)
+        except Exception as error:
+            errors.append(error)
+
+    names = [f"{name}-{index}" for index in range(min(groups, jobs))]
+    # Threads, for ``fit`` blocks; and in the main thread Ray Train would take Ctrl-C for itself, for good.
+    drivers = [threading.Thread(target=drive, args=[group], daemon=True) for group in names]
+    for driver in drivers:
+        driver.start()
+    for driver in drivers:
+        driver.join()
+    if errors:
+        raise errors[0]
+
+
+def fit_groups(
+    resources: TrainResources, jobs: int, cpus: float, node_cpus: float, gpus: float
+) -> tuple[int, int, bool]:
+    """(groups at the same time, torch threads of a worker, whether workers have a GPU each).
+
+    Args:
+        resources: of one group.
+        jobs: more groups than jobs are of no use.
+        cpus: of the cluster.
+        node_cpus: of its largest node.
+        gpus: of the cluster.
+
+    Raises:
+        UserError: not even one group fits.
+    """
+    use_gpu = resources.gpu if resources.gpu is not None else gpus > 0
     for kind, total, asked in (
-        ("CPUs", total_cpus, resources.workers * resources.cpus),
-        ("GPUs", total_gpus, resources.workers * use_gpu),
+        ("CPUs", cpus, resources.workers * resources.cpus),
+        ("GPUs", gpus, float(resources.workers * use_gpu)),
     ):
         # Ray would wait for them without end.
         if asked > total + 1e-6:
             raise UserError(
-                f"resources: training {name} asks for {asked:g} {kind}, but Ray has {total:g}; "
-                "lower workers, cpus or gpu"
+                f"resources: a training asks for {asked:g} {kind}, but Ray has {total:g}; lower workers, cpus or gpu"
             )
-    threads = resources.threads or max(1, int(total_cpus) // resources.workers)
+    room = (gpus if use_gpu else cpus / max(resources.cpus, resources.threads or 1)) / resources.workers
+    groups = resources.parallel or max(1, min(jobs, int(room)))
+    share = min(cpus / (groups * resources.workers), node_cpus)
+    return groups, resources.threads or max(1, int(share)), use_gpu
+
+
+def _run_group(
+    loop: _Loop,
+    config: dict[str, Any],
+    resources: TrainResources,
+    use_gpu: bool,
+    name: str,
+    storage_uri: str,
+    max_failures: int,
+) -> None:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
     fs, path = storage.resolve(storage_uri)
     filesystem = None
     if not storage.is_local(storage_uri):
@@ -64,7 +150,7 @@ def run_trainer(
 
         filesystem = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs))
     trainer = TorchTrainer(
-        _Loop(loop, threads),
+        loop,
         train_loop_config=config,
         scaling_config=ScalingConfig(
             num_workers=resources.workers,
@@ -77,7 +163,6 @@ def run_trainer(
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=0),
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
     )
     for attempt in range(max_failures + 1):
@@ -95,15 +180,30 @@ def run_trainer(
 
 
 class _Loop:
-    """The worker's loop with its thread cap."""
+    """A worker's loop with its thread cap and the jobs of its group."""
 
-    def __init__(self, loop: Callable[[dict[str, Any]], None], threads: int):
-        self.loop, self.threads = loop, threads
+    def __init__(self, loop: Loop, threads: int, queue: Any, group: str):
+        self.loop, self.threads, self.queue, self.group = loop, threads, queue, group
 
     def __call__(self, config: dict[str, Any]) -> None:
         torch.set_num_threads(self.threads)
         os.environ["OMP_NUM_THREADS"] = str(self.threads)
-        self.loop(config)
+        self.loop(config, self._jobs())
+
+    def _jobs(self) -> Iterator[int]:
+        """The same indices on every worker of the group."""
+        import ray.train
+
+        context = ray.train.get_context()
+        job: int | None = None
+        while True:
+            box = [ray.get(self.queue.take.remote(self.group, job))] if context.get_world_rank() == 0 else [None]
+            if context.get_world_size() > 1:
+                torch.distributed.broadcast_object_list(box)
+            job = box[0]
+            if job is None:
+                return
+            yield job
 
 
 def _find_prism_error(error: BaseException) -> PrismError | None:

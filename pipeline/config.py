@@ -41,6 +41,7 @@ class DataConfig(Frozen):
         train, val: folders of image shards, as written by ``prism import``; local or ``s3://``.
         image_size: side in pixels at which images are distilled; real images are resized (shorter side) and
             centre-cropped to it.
+        resize: length of that shorter side; None: ``image_size``. ImageNet's usual pair is 256 and 224.
         channels: 3 = RGB, 1 = grey.
         mean, std: per channel for pixels in [0, 1]. None: measured at import.
         num_classes: needed to plan without data only; checked against the data otherwise.
@@ -50,6 +51,7 @@ class DataConfig(Frozen):
     train: str | None = None
     val: str | None = None
     image_size: int = Field(ge=8)
+    resize: int | None = None
     channels: Literal[1, 3] = 3
     mean: list[float] | None = None
     std: list[float] | None = None
@@ -58,6 +60,8 @@ class DataConfig(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
+        if self.resize is not None and self.resize < self.image_size:
+            raise ValueError(f"resize = {self.resize} is smaller than image_size = {self.image_size}; raise it")
         for name in ("mean", "std"):
             values = getattr(self, name)
             if values is not None and len(values) != self.channels:

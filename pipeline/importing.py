@@ -33,4 +33,6 @@ def _print(report: ImportReport) -> None:
         console.print(f"  corrupt: {name} ({reason})", soft_wrap=True, style="yellow")
     if len(report.corrupt) > 20:
         console.print(f"  … all of them in {report.dst}/*/corrupt.json", soft_wrap=True)
+    if report.ignored:
+        console.print(f"{report.ignored:,} files that are no part of the data were passed over", soft_wrap=True)
     console.print(f"{report.seconds:.0f} s")

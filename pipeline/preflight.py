@@ -138,6 +138,7 @@ def check_data(config: Config) -> tuple[Dataset, Dataset, DataSpec]:
         mean=tuple(wanted.mean or train.mean * widen),
         std=tuple(wanted.std or train.std * widen),
         class_names=tuple(train.class_names),
+        resize=wanted.resize,
     )
     return train, val, spec
 

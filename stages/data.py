@@ -17,6 +17,8 @@ class DataSpec:
         channels: 3 = RGB, 1 = grey.
         mean, std: per channel, for pixels in [0, 1].
         class_names: in label order.
+        resize: length to which the shorter side of a real image is brought before its centre of ``image_size``
+            is taken; None: ``image_size``.
     """
 
     image_size: int
@@ -24,6 +26,7 @@ class DataSpec:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     class_names: tuple[str, ...]
+    resize: int | None = None
 
     @property
     def num_classes(self) -> int:

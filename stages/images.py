@@ -34,22 +34,26 @@ def open_image(data: bytes) -> Image.Image:
     return image
 
 
-def to_pixels(data: bytes, size: int, channels: int) -> NDArray[np.uint8]:
-    """Decode, resize the shorter side to ``size``, crop the centre.
+def to_pixels(data: bytes, size: int, channels: int, resize: int | None = None) -> NDArray[np.uint8]:
+    """Decode, resize the shorter side, crop the centre.
 
     Args:
         data: encoded image.
         size: side of the result.
         channels: 3 = RGB, 1 = grey.
+        resize: length of the shorter side before the crop, at least ``size``; None: ``size``.
 
     Returns:
         uint8 [channels, size, size].
     """
     image = open_image(data).convert("RGB" if channels == 3 else "L")
-    if image.size != (size, size):
-        scale = size / min(image.size)
-        width, height = max(size, round(image.width * scale)), max(size, round(image.height * scale))
+    shorter = resize or size
+    if min(image.size) != shorter:
+        scale = shorter / min(image.size)
+        width, height = (max(shorter, round(side * scale)) for side in image.size)
         image = image.resize((width, height), Image.Resampling.BILINEAR)
+    if image.size != (size, size):
+        width, height = image.size
         left, top = (width - size) // 2, (height - size) // 2
         image = image.crop((left, top, left + size, top + size))
     pixels = np.asarray(image, dtype=np.uint8)

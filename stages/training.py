@@ -27,6 +27,16 @@ class Worker:
     wrap: Callable[[nn.Module], nn.Module] = lambda network: network
 
 
+def ray_worker() -> Worker:
+    """This process as a worker of a Ray Train group."""
+    import ray.train
+    import ray.train.torch
+
+    context = ray.train.get_context()
+    device, rank, world = str(ray.train.torch.get_device()), context.get_world_rank(), context.get_world_size()
+    return Worker(device, rank, world, ray.train.torch.prepare_model) if world > 1 else Worker(device)
+
+
 def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Optimiser groups: weight decay on weights, none on biases and norms (everything of one dimension)."""
     weights = [p for p in network.parameters() if p.ndim > 1]

@@ -1,9 +1,9 @@
-"""Training the pending students in one Ray Train worker group, one after the other."""
+"""Training the pending students in Ray Train worker groups."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
@@ -19,7 +19,7 @@ from stages.evaluate.jobs import StudentJob
 from stages.evaluate.store import StudentStore
 from stages.imageset import ImageSet, load_image_set
 from stages.relabel.store import EpochLabels, LabelReader
-from stages.training import Worker, torch_threads
+from stages.training import Worker, ray_worker, torch_threads
 
 # A state is three times the weights; a kill then loses about a minute.
 STATE_INTERVAL_S = 60.0
@@ -75,7 +75,7 @@ def train_students(
             with torch_threads(resources.threads):
                 train_jobs(out_uri, pending, data, Worker())
         else:
-            from cluster.training import run_trainer
+            from cluster.training import run_trainers
 
             config = {
                 "out_uri": out_uri,
@@ -83,7 +83,9 @@ def train_students(
                 "data": asdict(data),
             }
             ray_uri = storage.join(out_uri, "progress", "ray")
-            run_trainer(train_loop, config, resources, name="students", storage_uri=ray_uri)
+            run_trainers(
+                train_loop, config, len(pending), resources, name="students", storage_uri=ray_uri, of=len(jobs)
+            )
     rows = []
     for job in pending:
         store = StudentStore(out_uri, job)
@@ -92,44 +94,35 @@ def train_students(
     return rows
 
 
-def train_loop(config: dict[str, Any]) -> None:
+def train_loop(config: dict[str, Any], indices: Iterable[int]) -> None:
     """What each Ray Train worker runs."""
-    import ray.train
-    import ray.train.torch
-
-    context = ray.train.get_context()
-    world = context.get_world_size()
-    worker = Worker(str(ray.train.torch.get_device()), context.get_world_rank(), world)
-    if world > 1:
-        worker = Worker(worker.device, worker.rank, world, ray.train.torch.prepare_model)
     jobs = [StudentJob.model_validate(job) for job in config["jobs"]]
-    train_jobs(config["out_uri"], jobs, DataSpec(**config["data"]), worker)
+    train_jobs(config["out_uri"], (jobs[index] for index in indices), DataSpec(**config["data"]), ray_worker())
 
 
-def train_jobs(out_uri: str, jobs: list[StudentJob], data: DataSpec, worker: Worker) -> None:
+def train_jobs(out_uri: str, jobs: Iterable[StudentJob], data: DataSpec, worker: Worker) -> None:
     """Train jobs one after the other; one whose loss diverges is noted and the others go on."""
-    writer = ProgressWriter(storage.join(out_uri, "progress", "train_students"), "train")
-    total = sum(job.epochs for job in jobs)
+    progress_uri = storage.join(out_uri, "progress", "train_students")
     decoded: tuple[str, ImageSet] | None = None
-    done = 0
     with ThreadPoolExecutor(1) as pool:
         for job in jobs:
             store = StudentStore(out_uri, job)
-            if not store.trained():
-                if decoded is None or decoded[0] != job.images_uri:
-                    decoded = job.images_uri, load_image_set(job.images_uri, data)
-                title = f"{job.method} {job.student} seed {job.seed}"
+            if store.trained():
+                continue
+            if decoded is None or decoded[0] != job.images_uri:
+                decoded = job.images_uri, load_image_set(job.images_uri, data)
+            writer = ProgressWriter(progress_uri, job.id)
+            title = f"{job.method} {job.student} seed {job.seed}"
 
-                def say(epoch: int, before: int = done, job: StudentJob = job, title: str = title) -> None:
-                    if worker.rank == 0:
-                        writer.update(before + epoch, total, f"{title} epoch {epoch}/{job.epochs}")
+            def say(epoch: int, job: StudentJob = job, writer: ProgressWriter = writer, title: str = title) -> None:
+                if worker.rank == 0:
+                    writer.update(epoch, job.epochs, f"{title} epoch {epoch}/{job.epochs}")
 
-                try:
-                    train_job(store, decoded[1], data, worker, pool, say)
-                except RunError as error:
-                    if worker.rank == 0:
-                        store.save_failed(str(error))
-            done += job.epochs
+            try:
+                train_job(store, decoded[1], data, worker, pool, say)
+            except RunError as error:
+                if worker.rank == 0:
+                    store.save_failed(str(error))
 
 
 def train_job(

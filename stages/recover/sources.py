@@ -77,7 +77,7 @@ class SourceReader:
             )
         image = table["image"][row].as_py()
         try:
-            pixels = to_pixels(image["bytes"], self._data.image_size, self._data.channels)
+            pixels = to_pixels(image["bytes"], self._data.image_size, self._data.channels, self._data.resize)
         except ValueError as error:
             raise RunError(
                 f"{self._dataset.uri}: {where} is not a readable image ({error}); import the data again"
@@ -92,7 +92,7 @@ class SourceReader:
             fs, path = storage.resolve(uri)
             try:
                 with fs.open(path, "rb") as stream:
-                    file = pq.ParquetFile(stream)
+                    file = pq.ParquetFile(stream, page_checksum_verification=True)
                     sizes = (file.metadata.row_group(g).num_rows for g in range(file.num_row_groups))
                     self._ends[shard] = list(itertools.accumulate(sizes))
                     group = bisect.bisect_right(self._ends[shard], row)

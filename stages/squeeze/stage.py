@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import io
 import math
-import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
 
 import torch
 
@@ -36,70 +34,12 @@ from stages.teachers.accuracy import Accuracy, top1
 from stages.teachers.card import read_card
 from stages.teachers.options import TeacherSpec
 from stages.teachers.teacher import Teacher, fresh_teacher, load_teacher
-from stages.training import Worker, torch_threads
+from stages.training import Worker, ray_worker, torch_threads
 
 # A given teacher is measured on so many validation images (standard error below 0.8 points), a trained one on all;
 # both on so many training images.
 GIVEN_VAL_IMAGES = 5000
 TRAIN_IMAGES = 2000
-
-
-class Checkpoints(Protocol):
-    """Where the state of the training in progress is kept."""
-
-    def load(self) -> bytes | None:
-        """The state saved last."""
-        ...
-
-    def save(self, content: bytes | None, metrics: dict[str, Any]) -> None:
-        """Keep a state; workers other than the first pass None."""
-        ...
-
-
-@dataclass(frozen=True)
-class FileCheckpoints:
-    """One file, for a single process without Ray."""
-
-    uri: str
-
-    def load(self) -> bytes | None:
-        """The state saved last."""
-        try:
-            return storage.read_bytes(self.uri)
-        except FileNotFoundError:
-            return None
-
-    def save(self, content: bytes | None, metrics: dict[str, Any]) -> None:
-        """Replace the file."""
-        if content is not None:
-            storage.write_bytes(self.uri, content)
-
-
-class RayCheckpoints:
-    """Ray Train's checkpoints, which it keeps in the run directory and hands back after a crash or a kill."""
-
-    FILE = "state.pt"
-
-    def load(self) -> bytes | None:
-        """The state reported last."""
-        import ray.train
-
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            return None
-        with checkpoint.as_directory() as folder:
-            return (Path(folder) / self.FILE).read_bytes()
-
-    def save(self, content: bytes | None, metrics: dict[str, Any]) -> None:
-        """Report; all workers must."""
-        import ray.train
-
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint = None
-            if content is not None:
-                (Path(folder) / self.FILE).write_bytes(content)
-                checkpoint = ray.train.Checkpoint.from_directory(folder)
-            ray.train.report(metrics, checkpoint=checkpoint)
 
 
 def squeeze_teachers(
@@ -117,8 +57,8 @@ def squeeze_teachers(
     """Give every teacher that has no card yet its weights and card in ``OUT/teachers/NAME/``.
 
     Given weights are checked, measured and copied; the others are looked up in ``options.cache`` and else trained,
-    one after the other in one Ray Train worker group. A run that is killed goes on at the next epoch of the teacher
-    it was at, with the same result.
+    in Ray Train worker groups. A run that is killed goes on at the next epoch of the teachers it was at, with the
+    same result.
 
     Args:
         out_uri: the run directory.
@@ -127,7 +67,7 @@ def squeeze_teachers(
         train_uri: folder of the training images' shards.
         val_uri: folder of the validation images' shards.
         options: of the training.
-        resources: of the worker group.
+        resources: of one worker group.
         seed: of the run.
         serial: in this process, without Ray.
 
@@ -141,34 +81,37 @@ def squeeze_teachers(
     decided = _decided(resources, serial)
     fingerprints = [train.fingerprint, val.fingerprint]
     jobs = [plan_job(name, spec, options, data, fingerprints, seed, decided) for name, spec in teachers.items()]
-    # Given weights first: what is wrong with them shows before hours are spent on the others.
-    pending = sorted((job for job in jobs if _missing(out_uri, job, options)), key=lambda job: job.spec.weights is None)
+    pending = [job for job in jobs if _missing(out_uri, job, options)]
     if not pending:
         return
     progress_uri = storage.join(out_uri, "progress", "squeeze")
     storage.remove(progress_uri)
-    arguments: dict[str, Any] = {
-        "out_uri": out_uri,
-        "jobs": [job.model_dump(mode="json") for job in pending],
-        "data": asdict(data),
-        "train_uri": train_uri,
-        "val_uri": val_uri,
-        "options": options.model_dump(mode="json"),
-        "seed": seed,
-    }
-    checkpoints_uri = storage.join(out_uri, "progress", "squeeze-checkpoints")
+    # Given weights first and alone: what is wrong with them shows before hours are spent on the others.
+    given = [job for job in pending if job.spec.weights is not None]
+    trained = [job for job in pending if job.spec.weights is None]
     with follow(progress_uri, "squeeze", sum(job.steps for job in pending), "epochs"):
-        if serial:
-            with torch_threads(resources.threads):
-                run_jobs(arguments, Worker(), FileCheckpoints(storage.join(checkpoints_uri, "serial.pt")))
-        else:
-            from cluster.training import run_trainer
+        for phase, of in ((given, len(given)), (trained, sum(job.spec.weights is None for job in jobs))):
+            arguments: dict[str, Any] = {
+                "out_uri": out_uri,
+                "jobs": [job.model_dump(mode="json") for job in phase],
+                "data": asdict(data),
+                "train_uri": train_uri,
+                "val_uri": val_uri,
+                "options": options.model_dump(mode="json"),
+                "seed": seed,
+            }
+            if serial:
+                with torch_threads(resources.threads):
+                    run_jobs(arguments, range(len(phase)), Worker())
+            elif phase:
+                from cluster.training import run_trainers
 
-            run_trainer(train_loop, arguments, resources, name="teachers", storage_uri=checkpoints_uri)
+                ray_uri = storage.join(out_uri, "progress", "ray")
+                run_trainers(train_loop, arguments, len(phase), resources, name="teachers", storage_uri=ray_uri, of=of)
     missing = [job.name for job in pending if read_card(teacher_folder(out_uri, job.name)) is None]
     if missing:
         raise RunError(f"squeeze: {', '.join(missing)} did not finish; run the same command again to resume")
-    storage.remove(checkpoints_uri)
+    storage.remove(_states_uri(out_uri))
 
 
 def check_teachers(
@@ -221,27 +164,26 @@ def _cached(job: TeacherJob, options: SqueezeOptions) -> str | None:
     return storage.join(options.cache, job.key) if options.cache and job.spec.weights is None else None
 
 
-def train_loop(arguments: dict[str, Any]) -> None:
+def _states_uri(out_uri: str) -> str:
+    """Folder of the states of the trainings in progress."""
+    return storage.join(out_uri, "progress", "squeeze-states")
+
+
+def train_loop(arguments: dict[str, Any], indices: Iterable[int]) -> None:
     """What each Ray Train worker runs."""
-    import ray.train
-    import ray.train.torch
-
-    context = ray.train.get_context()
-    world = context.get_world_size()
-    device, rank = str(ray.train.torch.get_device()), context.get_world_rank()
-    if world > 1:
-        run_jobs(arguments, Worker(device, rank, world, ray.train.torch.prepare_model), RayCheckpoints())
-    else:
-        run_jobs(arguments, Worker(device), RayCheckpoints())
+    run_jobs(arguments, indices, ray_worker())
 
 
-def run_jobs(arguments: dict[str, Any], worker: Worker, checkpoints: Checkpoints) -> None:
+def run_jobs(arguments: dict[str, Any], indices: Iterable[int], worker: Worker) -> None:
     """Adopt or train teachers one after the other; the images are decoded once for all.
 
     Args:
         arguments: plain values, see ``squeeze_teachers``.
+        indices: of the jobs to do.
         worker: this process.
-        checkpoints: of the group.
+
+    Raises:
+        RunError: a loss diverged; the others were trained.
     """
     out_uri, seed = arguments["out_uri"], arguments["seed"]
     jobs = [TeacherJob.model_validate(job) for job in arguments["jobs"]]
@@ -250,22 +192,27 @@ def run_jobs(arguments: dict[str, Any], worker: Worker, checkpoints: Checkpoints
     train, val = load_dataset(arguments["train_uri"], "data.train"), load_dataset(arguments["val_uri"], "data.val")
     real = RealImages(train, data, rank=worker.rank, world=worker.world)
     real_val = RealImages(val, data, rank=worker.rank, world=worker.world)
-    writer = ProgressWriter(storage.join(out_uri, "progress", "squeeze"), "teachers")
-    total, done = sum(job.steps for job in jobs), 0
-
-    def say(epochs: int, message: str) -> None:
-        if worker.rank == 0:
-            writer.update(done + epochs, total, message, force=True)
-
-    for job in jobs:
+    diverged: list[RunError] = []
+    for job in (jobs[index] for index in indices):
         # A worker group that was restarted finds the teachers it had finished.
-        if read_card(teacher_folder(out_uri, job.name)) is None:
-            if job.spec.weights is not None:
-                adopt(out_uri, job, data, train, val, worker)
-                say(1, f"{job.name} taken over")
-            else:
-                train_teacher(out_uri, job, data, (real, real_val), train, options, seed, worker, checkpoints, say)
-        done += job.steps
+        if read_card(teacher_folder(out_uri, job.name)) is not None:
+            continue
+        writer = ProgressWriter(storage.join(out_uri, "progress", "squeeze"), job.name)
+
+        def say(epochs: int, message: str, job: TeacherJob = job, writer: ProgressWriter = writer) -> None:
+            if worker.rank == 0:
+                writer.update(epochs, job.steps, f"{job.name} {message}", force=True)
+
+        if job.spec.weights is not None:
+            adopt(out_uri, job, data, train, val, worker)
+            say(1, "taken over")
+        else:
+            try:
+                train_teacher(out_uri, job, data, (real, real_val), train, options, seed, worker, say)
+            except RunError as error:
+                diverged.append(error)
+    if diverged:
+        raise diverged[0]
 
 
 def adopt(out_uri: str, job: TeacherJob, data: DataSpec, train: Dataset, val: Dataset, worker: Worker) -> None:
@@ -305,7 +252,6 @@ def train_teacher(
     options: SqueezeOptions,
     seed: int,
     worker: Worker,
-    checkpoints: Checkpoints,
     say: Callable[[int, str], None],
 ) -> Teacher:
     """Train one teacher from where it was left, commit it and put it into the cache.
@@ -319,7 +265,6 @@ def train_teacher(
         options: of the training.
         seed: of the run.
         worker: this process.
-        checkpoints: of the group.
         say: told (finished epochs, message).
 
     Raises:
@@ -327,23 +272,15 @@ def train_teacher(
     """
     teacher = fresh_teacher(job.name, job.spec, data, derive_seed(seed, "teacher", job.name))
     training = TeacherTraining(teacher, options, job.epochs, job.lr, seed, worker)
-    state = _unpack(checkpoints.load(), job, training.device)
+    state_uri = storage.join(_states_uri(out_uri), f"{job.name}.pt")
+    state = _load_state(state_uri, job, training.device)
     if state:
         training.restore(state)
-    say(training.epoch, f"{job.name} epoch {training.epoch}/{job.epochs}")
+    say(training.epoch, f"epoch {training.epoch}/{job.epochs}")
     for _ in train_epochs(training, *images):
-        metrics = {
-            "teacher": job.name,
-            "epoch": training.epoch,
-            "loss": training.losses[-1],
-            "val_top1": training.accuracies[-1],
-        }
-        content = _pack(training, job) if worker.rank == 0 else None
-        checkpoints.save(content, metrics)
-        say(
-            training.epoch,
-            f"{job.name} epoch {training.epoch}/{job.epochs} val {100 * training.accuracies[-1]:.1f} %",
-        )
+        if worker.rank == 0:
+            storage.write_bytes(state_uri, _pack(training, job))
+        say(training.epoch, f"epoch {training.epoch}/{job.epochs} val {100 * training.accuracies[-1]:.1f} %")
     if worker.rank == 0:
         val_images = images[1].dataset.num_images
         right = training.accuracies[-1]
@@ -361,9 +298,11 @@ def _pack(training: TeacherTraining, job: TeacherJob) -> bytes:
     return buffer.getvalue()
 
 
-def _unpack(content: bytes | None, job: TeacherJob, device: torch.device) -> dict[str, Any] | None:
-    """The state, if it is of this job: the one saved last may be of the teacher before."""
-    if content is None:
+def _load_state(uri: str, job: TeacherJob, device: torch.device) -> dict[str, Any] | None:
+    """The state of an interrupted training; None where there is none, or it is of another one of this name."""
+    try:
+        content = storage.read_bytes(uri)
+    except FileNotFoundError:
         return None
     state: dict[str, Any] = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
     return state if state["key"] == job.key else None

@@ -41,7 +41,7 @@ def decode_rows(table: pa.Table, data: DataSpec, where: str) -> tuple[Tensor, Te
     def decode(start: int) -> None:
         for row in range(start, min(start + CHUNK, len(table))):
             try:
-                pixels[row] = to_pixels(encoded[row].as_py(), data.image_size, data.channels)
+                pixels[row] = to_pixels(encoded[row].as_py(), data.image_size, data.channels, data.resize)
             except (ValueError, TypeError) as error:
                 raise RunError(f"{where}: row {row} is not a readable image ({error}); import the data again") from None
 

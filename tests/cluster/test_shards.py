@@ -114,6 +114,18 @@ def test_a_half_written_shard_is_no_shard(tmp_path, cut):
         shards.read_shard(uri)
 
 
+def test_a_flipped_bit_is_noticed(tmp_path):
+    where = tmp_path / "shard.parquet"
+    table = pa.table({"label": pa.array(range(1000), pa.int64())})
+    shards.write_shard(str(where), table, use_dictionary=False)
+    assert shards.read_shard(str(where)).equals(table)
+    data = bytearray(where.read_bytes())
+    data[data.index((500).to_bytes(8, "little"))] ^= 1
+    where.write_bytes(data)
+    with pytest.raises(UserError, match=r"shard\.parquet: not a readable Parquet file .*run again"):
+        shards.read_shard(str(where))
+
+
 def test_a_foreign_or_missing_shard_has_no_metadata(tmp_path):
     assert shards.shard_metadata(str(tmp_path / "none.parquet")) is None
     foreign = pa.table({"x": [1]})

@@ -1,10 +1,11 @@
-"""Ray Train worker groups: errors in their own words, retries, resume by name."""
+"""Ray Train worker groups: jobs handed out, errors in their own words, retries."""
 
 from __future__ import annotations
 
 import os
 import sys
-import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,45 +14,92 @@ import ray
 
 from cluster.errors import RunError, UserError
 from cluster.resources import TrainResources
-from cluster.training import _find_prism_error, _lost_worker, run_trainer
+from cluster.training import JobQueue, _find_prism_error, _lost_worker, fit_groups, run_trainers
 
 # Workers cannot import test modules.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
-def mistaken(config: dict[str, Any]) -> None:
+def note(config: dict[str, Any], line: str) -> None:
     with Path(config["log"]).open("a") as log:
-        log.write("try\n")
+        log.write(f"{line}\n")
+
+
+def mistaken(config: dict[str, Any], jobs: Iterator[int]) -> None:
+    note(config, f"try {next(jobs)}")
     raise UserError("teachers.a: no weights at /nowhere; correct the path")
 
 
-def broken(config: dict[str, Any]) -> None:
-    with Path(config["log"]).open("a") as log:
-        log.write("try\n")
-    log.write(str(1 / 0))
+def broken(config: dict[str, Any], jobs: Iterator[int]) -> None:
+    note(config, f"try {next(jobs)}")
+    note(config, str(1 / 0))
 
 
-def crashes_once(config: dict[str, Any]) -> None:
-    """Counts to four, checkpointing each; the process dies after the second."""
+def crashes_once(config: dict[str, Any], jobs: Iterator[int]) -> None:
+    """The process dies in job 1, once."""
+    import torch
+
+    for job in jobs:
+        note(config, f"{job} threads {torch.get_num_threads()} {os.environ['OMP_WAIT_POLICY']}")
+        if job == 1 and not Path(config["log"] + ".crashed").exists():
+            Path(config["log"] + ".crashed").touch()
+            os._exit(1)
+
+
+def waits_for_the_other(config: dict[str, Any], jobs: Iterator[int]) -> None:
+    """Ends only where two groups work at the same time; the second job of the first group fails."""
+    for count, job in enumerate(jobs):
+        Path(config["log"], f"{job}").touch()
+        end = time.monotonic() + 120
+        while not (Path(config["log"], "0").exists() and Path(config["log"], "1").exists()):
+            if time.monotonic() > end:
+                raise RunError("alone")
+            time.sleep(0.1)
+        if job == 2:
+            raise RunError(f"job 2 was number {count} of its group")
+        Path(config["log"], f"{job} done").touch()
+
+
+def ranks(config: dict[str, Any], jobs: Iterator[int]) -> None:
     import ray.train
 
-    start = 0
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint:
-        with checkpoint.as_directory() as folder:
-            start = int(Path(folder, "count").read_text())
-    for count in range(start + 1, 5):
-        with Path(config["log"]).open("a") as log:
-            import torch
+    for job in jobs:
+        Path(config["log"], f"job {job} rank {ray.train.get_context().get_world_rank()}").touch()
 
-            log.write(f"{count} threads {torch.get_num_threads()} {os.environ['OMP_WAIT_POLICY']}\n")
-        with tempfile.TemporaryDirectory() as folder:
-            Path(folder, "count").write_text(str(count))
-            ray.train.report({"count": count}, checkpoint=ray.train.Checkpoint.from_directory(folder))
-        if count == 2:
-            # Waits until the controller knows of the report; it asks every two seconds.
-            ray.train.get_all_reported_checkpoints()
-            os._exit(1)
+
+def test_a_restarted_group_gets_its_job_again() -> None:
+    queue = JobQueue(3)
+    assert [queue.take("a", None), queue.take("b", None)] == [0, 1]
+    assert queue.take("a", None) == 0
+    assert queue.take("b", 1) == 2
+    assert queue.take("a", 0) is None
+    assert queue.take("b", None) == 2
+    assert queue.take("b", 2) is None
+
+
+@pytest.mark.parametrize(
+    ("resources", "jobs", "cluster", "expected"),
+    [
+        ({}, 3, (2, 2, 0), (2, 1, False)),
+        ({}, 1, (8, 8, 0), (1, 8, False)),
+        ({}, 5, (16, 16, 0), (5, 3, False)),
+        ({"threads": 4}, 9, (16, 16, 0), (4, 4, False)),
+        ({"threads": 4}, 9, (2, 2, 0), (1, 4, False)),
+        ({"workers": 2}, 9, (2, 2, 0), (1, 1, False)),
+        ({"parallel": 3}, 9, (2, 2, 0), (3, 1, False)),
+        ({}, 9, (64, 16, 4), (4, 16, True)),
+        ({"workers": 4}, 9, (64, 64, 8), (2, 8, True)),
+        ({"gpu": False}, 1, (64, 16, 4), (1, 16, False)),
+    ],
+)
+def test_groups_share_the_cluster(resources, jobs, cluster, expected) -> None:
+    assert fit_groups(TrainResources(**resources), jobs, *cluster) == expected
+
+
+@pytest.mark.parametrize(("resources", "kind"), [({"workers": 9}, "4.5 CPUs"), ({"gpu": True}, "1 GPUs")])
+def test_a_group_that_cannot_fit_is_refused(resources, kind) -> None:
+    with pytest.raises(UserError, match=f"asks for {kind}, but Ray has"):
+        fit_groups(TrainResources(**resources), 1, 2.0, 2.0, 0.0)
 
 
 def test_users_error_is_found_inside_any_wrapping() -> None:
@@ -82,32 +130,48 @@ def test_only_lost_workers_are_worth_another_attempt() -> None:
     assert not _lost_worker(RuntimeError("no group at all"))
 
 
+def run(loop, tmp_path: Path, jobs: int, resources: dict[str, int], **options: Any) -> None:
+    config = {"log": str(options.pop("log", tmp_path / "log"))}
+    run_trainers(
+        loop, config, jobs, TrainResources(**resources), name="nets", storage_uri=str(tmp_path / "ray"), **options
+    )
+
+
 @pytest.mark.ray
 def test_users_error_keeps_its_words_and_is_not_retried(tmp_path: Path, ray_local: None) -> None:
-    log = tmp_path / "log"
-    resources = TrainResources(threads=1)
     with pytest.raises(UserError) as caught:
-        run_trainer(mistaken, {"log": str(log)}, resources, name="mistaken", storage_uri=str(tmp_path / "runs"))
+        run(mistaken, tmp_path, 1, {"threads": 1})
     assert str(caught.value) == "teachers.a: no weights at /nowhere; correct the path"
-    assert log.read_text() == "try\n"
+    assert (tmp_path / "log").read_text() == "try 0\n"
 
 
 @pytest.mark.ray
 def test_bug_in_the_loop_is_not_retried(tmp_path: Path, ray_local: None) -> None:
-    with pytest.raises(RunError, match=r"^broken: training failed \(ZeroDivisionError.*again to resume$"):
-        run_trainer(
-            broken, {"log": str(tmp_path / "log")}, TrainResources(threads=1), name="broken", storage_uri=str(tmp_path)
-        )
-    assert (tmp_path / "log").read_text() == "try\n"
+    with pytest.raises(RunError, match=r"^nets-0: training failed \(ZeroDivisionError.*again to resume$"):
+        run(broken, tmp_path, 1, {"threads": 1})
+    assert (tmp_path / "log").read_text() == "try 0\n"
 
 
 @pytest.mark.ray
-def test_crashed_run_goes_on_from_its_last_checkpoint_by_name(tmp_path: Path, ray_local: None) -> None:
-    log = tmp_path / "log"
-    arguments = (crashes_once, {"log": str(log)}, TrainResources(threads=1))
-    places = {"name": "count", "storage_uri": str(tmp_path / "runs")}
-    with pytest.raises(RunError, match=r"^count: training failed .*; run the same command again to resume$"):
-        run_trainer(*arguments, **places, max_failures=0)
-    assert log.read_text() == "1 threads 1 PASSIVE\n2 threads 1 PASSIVE\n"
-    run_trainer(*arguments, **places)
-    assert log.read_text() == "".join(f"{count} threads 1 PASSIVE\n" for count in (1, 2, 3, 4))
+def test_a_job_whose_worker_died_is_done_again(tmp_path: Path, ray_local: None) -> None:
+    with pytest.raises(RunError, match=r"^nets-0: training failed .*; run the same command again to resume$"):
+        run(crashes_once, tmp_path, 3, {"threads": 1, "parallel": 1}, max_failures=0)
+    assert (tmp_path / "log").read_text() == "0 threads 1 PASSIVE\n1 threads 1 PASSIVE\n"
+    run(crashes_once, tmp_path, 3, {"threads": 1, "parallel": 1}, log=tmp_path / "again")
+    assert (tmp_path / "again").read_text() == "".join(f"{job} threads 1 PASSIVE\n" for job in (0, 1, 1, 2))
+
+
+@pytest.mark.ray
+def test_groups_work_at_the_same_time_and_one_that_fails_leaves_its_share(tmp_path: Path, ray_local: None) -> None:
+    (tmp_path / "log").mkdir()
+    with pytest.raises(RunError, match="job 2 was number 1 of its group"):
+        run(waits_for_the_other, tmp_path, 5, {"threads": 1})
+    done = {path.name for path in (tmp_path / "log").glob("* done")}
+    assert done == {"0 done", "1 done", "3 done", "4 done"}
+
+
+@pytest.mark.ray
+def test_all_workers_of_a_group_get_the_same_jobs(tmp_path: Path, ray_local: None) -> None:
+    (tmp_path / "log").mkdir()
+    run(ranks, tmp_path, 2, {"workers": 2, "threads": 1})
+    assert sorted(p.name for p in (tmp_path / "log").iterdir()) == [f"job {j} rank {r}" for j in (0, 1) for r in (0, 1)]

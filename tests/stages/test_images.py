@@ -71,6 +71,17 @@ def test_the_centre_is_kept(shape):
     assert np.abs(along - expected).max() < 5
 
 
+def test_the_shorter_side_may_be_resized_to_more_than_the_crop():
+    """ImageNet's pair: resize 256, crop 224; here 40 × 20 → 32 × 16 → the centre 8 × 8 of it."""
+    ramp = np.broadcast_to(np.linspace(0, 255, 40).astype(np.uint8)[:, None], (40, 20))
+    data = encode(np.ascontiguousarray(ramp))
+    np.testing.assert_array_equal(
+        images.to_pixels(data, 8, 1, resize=16)[0], images.to_pixels(data, 16, 1)[0, 4:12, 4:12]
+    )
+    square = encode(NOISE[:16])
+    np.testing.assert_array_equal(images.to_pixels(square, 8, 3, resize=16), NOISE[4:12, 4:12].transpose(2, 0, 1))
+
+
 def test_channels_are_converted():
     grey = NOISE[:16, :, 0]
     np.testing.assert_array_equal(images.to_pixels(encode(grey), 16, 3), np.repeat(grey[None], 3, 0))
