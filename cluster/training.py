@@ -14,9 +14,10 @@ from cluster import storage
 from cluster.errors import PrismError, RunError, UserError
 from cluster.resources import TrainResources
 from cluster.session import cluster_totals
+from cluster.worker import Worker
 
-Loop = Callable[[dict[str, Any], Iterator[int]], None]
-"""Called on every worker of a group with (config, indices of the jobs that the group gets)."""
+Loop = Callable[[dict[str, Any], Iterator[int], Worker], None]
+"""Called on every worker of a group with (config, indices of the jobs that the group gets, the worker)."""
 
 
 class JobQueue:
@@ -186,19 +187,22 @@ class _Loop:
         self.loop, self.threads, self.queue, self.group = loop, threads, queue, group
 
     def __call__(self, config: dict[str, Any]) -> None:
+        import ray.train
+        import ray.train.torch
+
         torch.set_num_threads(self.threads)
         os.environ["OMP_NUM_THREADS"] = str(self.threads)
-        self.loop(config, self._jobs())
-
-    def _jobs(self) -> Iterator[int]:
-        """The same indices on every worker of the group."""
-        import ray.train
-
         context = ray.train.get_context()
+        device, rank, world = str(ray.train.torch.get_device()), context.get_world_rank(), context.get_world_size()
+        worker = Worker(device, rank, world, ray.train.torch.prepare_model) if world > 1 else Worker(device)
+        self.loop(config, self._jobs(worker), worker)
+
+    def _jobs(self, worker: Worker) -> Iterator[int]:
+        """The same indices on every worker of the group."""
         job: int | None = None
         while True:
-            box = [ray.get(self.queue.take.remote(self.group, job))] if context.get_world_rank() == 0 else [None]
-            if context.get_world_size() > 1:
+            box = [ray.get(self.queue.take.remote(self.group, job)) if worker.rank == 0 else None]
+            if worker.world > 1:
                 torch.distributed.broadcast_object_list(box)
             job = box[0]
             if job is None:

@@ -3,38 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 from torch import nn
-
-
-@dataclass(frozen=True)
-class Worker:
-    """One of the processes that train together.
-
-    Attributes:
-        device: to train on.
-        rank, world: which of how many.
-        wrap: makes the trained module of a network (DistributedDataParallel).
-    """
-
-    device: str = "cpu"
-    rank: int = 0
-    world: int = 1
-    wrap: Callable[[nn.Module], nn.Module] = lambda network: network
-
-
-def ray_worker() -> Worker:
-    """This process as a worker of a Ray Train group."""
-    import ray.train
-    import ray.train.torch
-
-    context = ray.train.get_context()
-    device, rank, world = str(ray.train.torch.get_device()), context.get_world_rank(), context.get_world_size()
-    return Worker(device, rank, world, ray.train.torch.prepare_model) if world > 1 else Worker(device)
 
 
 def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

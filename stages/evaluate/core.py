@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cluster.errors import RunError, UserError
 from cluster.rng import derive_seed
+from cluster.worker import Worker
 from stages.data import DataSpec
 from stages.evaluate.losses import student_loss
 from stages.evaluate.options import Protocol
@@ -20,7 +21,7 @@ from stages.imageset import ImageSet
 from stages.relabel.store import EpochLabels
 from stages.teachers.build import build_network, memory_format
 from stages.teachers.options import NetworkSpec
-from stages.training import Worker, make_optimizer
+from stages.training import make_optimizer
 
 ReadEpoch = Callable[[int], EpochLabels]
 """Epoch (from 0) to its views and logits."""

@@ -13,13 +13,14 @@ from cluster.errors import RunError
 from cluster.progress import ProgressWriter, follow
 from cluster.resources import TrainResources
 from cluster.runner import Row
+from cluster.worker import Worker
 from stages.data import DataSpec
 from stages.evaluate.core import ReadEpoch, StudentTraining, new_student, train_student
 from stages.evaluate.jobs import StudentJob
 from stages.evaluate.store import StudentStore
 from stages.imageset import ImageSet, load_image_set
 from stages.relabel.store import EpochLabels, LabelReader
-from stages.training import Worker, ray_worker, torch_threads
+from stages.training import torch_threads
 
 # A state is three times the weights; a kill then loses about a minute.
 STATE_INTERVAL_S = 60.0
@@ -94,10 +95,10 @@ def train_students(
     return rows
 
 
-def train_loop(config: dict[str, Any], indices: Iterable[int]) -> None:
+def train_loop(config: dict[str, Any], indices: Iterable[int], worker: Worker) -> None:
     """What each Ray Train worker runs."""
     jobs = [StudentJob.model_validate(job) for job in config["jobs"]]
-    train_jobs(config["out_uri"], (jobs[index] for index in indices), DataSpec(**config["data"]), ray_worker())
+    train_jobs(config["out_uri"], (jobs[index] for index in indices), DataSpec(**config["data"]), worker)
 
 
 def train_jobs(out_uri: str, jobs: Iterable[StudentJob], data: DataSpec, worker: Worker) -> None:

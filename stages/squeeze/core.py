@@ -12,13 +12,14 @@ from torch import Tensor
 
 from cluster.errors import RunError
 from cluster.rng import derive_seed, generator
+from cluster.worker import Worker
 from stages.squeeze.augment import augmented
 from stages.squeeze.data import RealImages
 from stages.squeeze.options import SqueezeOptions
 from stages.teachers.accuracy import count_right
 from stages.teachers.build import memory_format
 from stages.teachers.teacher import Teacher
-from stages.training import Worker, make_optimizer
+from stages.training import make_optimizer
 
 
 class TeacherTraining:

@@ -16,6 +16,7 @@ from cluster.progress import ProgressWriter, follow
 from cluster.resources import TrainResources
 from cluster.rng import derive_seed
 from cluster.shards import Dataset, load_dataset
+from cluster.worker import Worker
 from stages.data import DataSpec
 from stages.squeeze.augment import check_squeeze
 from stages.squeeze.core import TeacherTraining, train_epochs
@@ -34,7 +35,7 @@ from stages.teachers.accuracy import Accuracy, top1
 from stages.teachers.card import read_card
 from stages.teachers.options import TeacherSpec
 from stages.teachers.teacher import Teacher, fresh_teacher, load_teacher
-from stages.training import Worker, ray_worker, torch_threads
+from stages.training import torch_threads
 
 # A given teacher is measured on so many validation images (standard error below 0.8 points), a trained one on all;
 # both on so many training images.
@@ -169,9 +170,9 @@ def _states_uri(out_uri: str) -> str:
     return storage.join(out_uri, "progress", "squeeze-states")
 
 
-def train_loop(arguments: dict[str, Any], indices: Iterable[int]) -> None:
+def train_loop(arguments: dict[str, Any], indices: Iterable[int], worker: Worker) -> None:
     """What each Ray Train worker runs."""
-    run_jobs(arguments, indices, ray_worker())
+    run_jobs(arguments, indices, worker)
 
 
 def run_jobs(arguments: dict[str, Any], indices: Iterable[int], worker: Worker) -> None:

@@ -15,6 +15,7 @@ import ray
 from cluster.errors import RunError, UserError
 from cluster.resources import TrainResources
 from cluster.training import JobQueue, _find_prism_error, _lost_worker, fit_groups, run_trainers
+from cluster.worker import Worker
 
 # Workers cannot import test modules.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -25,17 +26,17 @@ def note(config: dict[str, Any], line: str) -> None:
         log.write(f"{line}\n")
 
 
-def mistaken(config: dict[str, Any], jobs: Iterator[int]) -> None:
+def mistaken(config: dict[str, Any], jobs: Iterator[int], worker: Worker) -> None:
     note(config, f"try {next(jobs)}")
     raise UserError("teachers.a: no weights at /nowhere; correct the path")
 
 
-def broken(config: dict[str, Any], jobs: Iterator[int]) -> None:
+def broken(config: dict[str, Any], jobs: Iterator[int], worker: Worker) -> None:
     note(config, f"try {next(jobs)}")
     note(config, str(1 / 0))
 
 
-def crashes_once(config: dict[str, Any], jobs: Iterator[int]) -> None:
+def crashes_once(config: dict[str, Any], jobs: Iterator[int], worker: Worker) -> None:
     """The process dies in job 1, once."""
     import torch
 
@@ -46,7 +47,7 @@ def crashes_once(config: dict[str, Any], jobs: Iterator[int]) -> None:
             os._exit(1)
 
 
-def waits_for_the_other(config: dict[str, Any], jobs: Iterator[int]) -> None:
+def waits_for_the_other(config: dict[str, Any], jobs: Iterator[int], worker: Worker) -> None:
     """Ends only where two groups work at the same time; the second job of the first group fails."""
     for count, job in enumerate(jobs):
         Path(config["log"], f"{job}").touch()
@@ -60,11 +61,9 @@ def waits_for_the_other(config: dict[str, Any], jobs: Iterator[int]) -> None:
         Path(config["log"], f"{job} done").touch()
 
 
-def ranks(config: dict[str, Any], jobs: Iterator[int]) -> None:
-    import ray.train
-
+def ranks(config: dict[str, Any], jobs: Iterator[int], worker: Worker) -> None:
     for job in jobs:
-        Path(config["log"], f"job {job} rank {ray.train.get_context().get_world_rank()}").touch()
+        Path(config["log"], f"job {job} rank {worker.rank}").touch()
 
 
 def test_a_restarted_group_gets_its_job_again() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cluster.errors import RunError, UserError
+from cluster.worker import Worker
 from stages.data import DataSpec
 from stages.evaluate.core import StudentTraining, batch_slices, new_student, train_student
 from stages.evaluate.options import Protocol
@@ -20,7 +21,7 @@ from stages.relabel.options import RelabelOptions
 from stages.relabel.store import EpochLabels
 from stages.relabel.views import draw_views, render_views
 from stages.teachers.options import NetworkSpec
-from stages.training import Worker, parameter_groups
+from stages.training import parameter_groups
 
 SIZE, CLASSES, COUNT = 12, 4, 30
 DATA = DataSpec(SIZE, 3, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), tuple("abcd"))

@@ -15,6 +15,7 @@ from cluster import shards, storage
 from cluster.errors import RunError, UserError
 from cluster.rng import generator
 from cluster.shards import Dataset
+from cluster.worker import Worker
 from stages.data import DataSpec
 from stages.images import encode_png
 from stages.squeeze.augment import augmented, check_squeeze, shift_and_flip
@@ -24,7 +25,6 @@ from stages.squeeze.options import SqueezeOptions
 from stages.teachers.options import TeacherSpec
 from stages.teachers.pixels import read_pixels
 from stages.teachers.teacher import fresh_teacher
-from stages.training import Worker
 
 CLASSES = [str(k) for k in range(10)]
 
