@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from typing import Annotated
 
@@ -127,12 +128,18 @@ def report(out: Annotated[str, typer.Argument(help="A run directory")]) -> None:
     console.print(f"wrote {out}/report.html", soft_wrap=True)
 
 
+INTERRUPTED = 128 + signal.SIGINT
+
+
 def main() -> None:
     """Entry point: errors made for users become one sentence and an exit code."""
     # Ray's and Torch's own warnings are not the user's business; failures reach them as sentences.
     logging.basicConfig(level=logging.ERROR, format="%(message)s")
     try:
         code = app(standalone_mode=False) or 0
+        # Typer turns Ctrl-C into this code, without a word.
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
     except PrismError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)

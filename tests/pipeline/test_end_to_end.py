@@ -15,6 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from cluster.progress import read_progress
+
 
 def digests(folder: Path) -> dict[str, str]:
     assert folder.is_dir()
@@ -143,7 +145,7 @@ def test_ray_gives_the_serial_bytes(prism, config, serial_run, tmp_path, ray_loc
     assert images_and_labels(out) == images_and_labels(serial_run[0])
 
 
-def start(stage: str, path: Path) -> subprocess.Popen:
+def start(stage: str, path: Path, **options) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "pipeline", stage, str(path)],
         cwd=Path(__file__).resolve().parents[2],
@@ -151,6 +153,7 @@ def start(stage: str, path: Path) -> subprocess.Popen:
         stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+        **options,
     )
 
 
@@ -191,3 +194,28 @@ def test_sigkill_of_the_driver_then_the_same_command(prism, config, tmp_path):
         assert {p: p.stat().st_mtime_ns for p in kept} == kept, "a committed unit ran again"
         assert digests(cut / folder) == digests(whole / folder)
     assert images_and_labels(cut) == images_and_labels(whole)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("stage", ["squeeze", "recover"])
+def test_ctrl_c_is_one_sentence(config, tmp_path, prism, stage):
+    """The whole group gets the signal, as from a terminal; also while Ray Train works."""
+    long = {"squeeze": {"squeeze": {"epochs": 5000}}, "recover": {"recover": {"iterations": 10**6}}}[stage]
+    path = config(tmp_path / "out", **long)
+    if stage != "squeeze":
+        code, _, err = prism("squeeze", path, "--serial")
+        assert code == 0, err
+    process = start(stage, path, start_new_session=True)
+    progress = tmp_path / "out" / "progress" / stage
+    try:
+        while not any(record["done"] >= 1 for record in read_progress(str(progress)).values()):
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        text = process.communicate(timeout=100)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 1, text
+    assert text.splitlines()[-1] == "interrupted: what was finished is kept; run the same command again to resume"
+    assert "Traceback" not in text
