@@ -105,7 +105,7 @@ def print_status(out: str) -> None:
     console.print(f"recover    {done}/{planned} units")
     console.print(f"relabel    {labels['distilled']} label shards, {labels['random_real']} of random_real")
     console.print(f"evaluate   {len(results)} students")
-    for stage in ("squeeze", "recover", "evaluate"):
+    for stage in ("squeeze", "recover", "train_students"):
         for task, record in read_progress(storage.join(out, "progress", stage)).items():
             if record["done"] < record["total"]:
                 console.print(
