@@ -122,7 +122,7 @@ def follow(uri: str, title: str, total: float, unit: str) -> Iterator[None]:
     with StageProgress(title, total, unit) as shown:
 
         def poll() -> None:
-            while not stop.wait(1.0):
+            while not stop.wait(1.0 if storage.is_local(uri) else 10.0):
                 shown_update()
 
         def shown_update() -> None:

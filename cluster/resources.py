@@ -45,14 +45,15 @@ class TrainResources(Frozen):
     Attributes:
         workers: data-parallel workers of one training.
         parallel: trainings at the same time. None: as many as there are GPUs for, without GPUs as there are CPUs
-            for, and no more than networks to train.
-        cpus: CPUs one worker reserves; 0.5 leaves the rest to Ray's own processes.
+            and memory for, and no more than networks to train.
+        cpus: CPUs one worker reserves. None: with a GPU 0.5, else about as many as it has threads.
         gpu: one GPU per worker. None: yes where the cluster has GPUs.
-        threads: torch threads of one worker. None: all CPUs divided by all workers at the same time.
+        threads: torch threads of one worker. None: all CPUs divided by all workers at the same time. Part of what
+            makes float sums come out the same.
     """
 
     workers: int = Field(default=1, ge=1)
     parallel: int | None = Field(default=None, ge=1)
-    cpus: float = Field(default=0.5, ge=0)
+    cpus: float | None = Field(default=None, ge=0)
     gpu: bool | None = None
     threads: int | None = Field(default=None, ge=1)

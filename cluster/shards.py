@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -92,6 +93,9 @@ def read_shard(uri: str, columns: list[str] | None = None) -> pa.Table:
     except FileNotFoundError:
         raise UserError(f"{uri}: no such shard") from None
     except (pa.ArrowException, OSError) as error:
+        # Arrow reports a wrong checksum as an OSError; others are troubles of the storage, which pass.
+        if isinstance(error, OSError) and not isinstance(error, pa.ArrowException) and "CRC" not in str(error):
+            raise
         raise UserError(
             f"{uri}: not a readable Parquet file ({error}); delete it and run again, or import the data again"
         ) from None
@@ -170,8 +174,11 @@ def load_dataset(uri: str, field: str = "data") -> Dataset:
     try:
         value = storage.read_json(where)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
+        # `prism import` makes a folder for each split.
+        folder = re.sub(r"/(train|val)/*$", "", uri)
         raise UserError(
-            f"{field}: no imported dataset at {uri} ({DATASET_FILE} is missing); make one with `prism import SRC {uri}`"
+            f"{field}: no imported dataset at {uri} ({DATASET_FILE} is missing); "
+            f"make one with `prism import SRC {folder}`"
         ) from None
     except ValueError:
         raise UserError(f"{field}: {where} is not valid JSON; import the data again") from None

@@ -5,16 +5,24 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster import storage
 from cluster.errors import PrismError, RunError, UserError
+from cluster.progress import console
 from cluster.resources import TrainResources
 from cluster.session import cluster_totals
 from cluster.worker import Worker
+
+# A worker process with its libraries, and a share of decoded images.
+WORKER_BYTES = 2.5 * 2**30
+# A worker with a GPU waits for it most of the time.
+GPU_WORKER_CPUS = 0.5
 
 Loop = Callable[[dict[str, Any], Iterator[int], Worker], None]
 """Called on every worker of a group with (config, indices of the jobs that the group gets, the worker)."""
@@ -47,50 +55,55 @@ class JobQueue:
             self._held[group] = self._free.pop(0)
         return self._held[group]
 
+    def give_up(self, group: str) -> None:
+        """A group has ended for good; what it held comes last, for it may end the next group as well."""
+        if group in self._held:
+            self._free.append(self._held.pop(group))
+
 
 def run_trainers(
     loop: Loop,
     config: dict[str, Any],
     jobs: int,
-    resources: TrainResources,
+    settled: Settled,
     *,
     name: str,
     storage_uri: str,
-    of: int | None = None,
     max_failures: int = 2,
 ) -> None:
     """Run jobs in ``TorchTrainer`` worker groups that work at the same time, and wait for all of them.
 
-    A group whose job raises ends; the others go on, and take what is left.
+    A group whose job raises ends; the others go on with what is left. A job whose workers were lost too often is tried
+    by another group.
 
     Args:
         loop: importable function, see ``Loop``.
         config: what it is called with: plain values such as paths, ids and options.
-        jobs: how many there are; at most so many groups are made.
-        resources: of one worker group.
+        jobs: how many there are.
+        settled: resources of the groups.
         name: of the groups, with their number; unique under ``storage_uri``.
         storage_uri: folder of Ray Train's own records.
-        of: jobs of the whole run, by which the threads of a worker are counted, so that a run which was interrupted
-            goes on with as many. None: ``jobs``.
         max_failures: so often a group is started again after a worker died.
 
     Raises:
         PrismError: the first that ``loop`` raised, in its own words.
         RunError: the workers failed otherwise.
     """
-    total_cpus, total_gpus = cluster_totals()
-    node_cpus = max(float(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
-    groups, threads, use_gpu = fit_groups(resources, max(jobs, of or 0), total_cpus, node_cpus, total_gpus)
-    queue = ray.remote(num_cpus=0)(JobQueue).remote(jobs)
+    # With the driver, without which nothing goes on anyway: other nodes may leave.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    queue: Any = ray.remote(num_cpus=0)(JobQueue).options(scheduling_strategy=here).remote(jobs)
     errors: list[Exception] = []
 
     def drive(group: str) -> None:
         try:
-            _run_group(_Loop(loop, threads, queue, group), config, resources, use_gpu, group, storage_uri, max_failures)
+            _run_group(_Loop(loop, settled.threads, queue, group), config, settled, group, storage_uri, max_failures)
         except Exception as error:
+            if isinstance(error, WorkersLost):
+                queue.give_up.remote(group)
             errors.append(error)
+            console.print(f"warning: {error}", style="yellow", soft_wrap=True)
 
-    names = [f"{name}-{index}" for index in range(min(groups, jobs))]
+    names = [f"{name}-{index}" for index in range(min(settled.groups, jobs))]
     # Threads, for ``fit`` blocks; and in the main thread Ray Train would take Ctrl-C for itself, for good.
     drivers = [threading.Thread(target=drive, args=[group], daemon=True) for group in names]
     for driver in drivers:
@@ -101,45 +114,84 @@ def run_trainers(
         raise errors[0]
 
 
-def fit_groups(
-    resources: TrainResources, jobs: int, cpus: float, node_cpus: float, gpus: float
-) -> tuple[int, int, bool]:
-    """(groups at the same time, torch threads of a worker, whether workers have a GPU each).
+class WorkersLost(RunError):
+    """The workers of a group died again and again."""
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What trainings will have.
+
+    Attributes:
+        groups: at the same time.
+        workers: of one group.
+        threads: torch threads of one worker.
+        cpus: that one worker reserves.
+        gpu: whether each worker has one.
+    """
+
+    groups: int
+    workers: int
+    threads: int
+    cpus: float
+    gpu: bool
+
+
+def settle(resources: TrainResources, jobs: int, field: str) -> Settled:
+    """Fill what the configuration leaves open, from the running cluster.
 
     Args:
-        resources: of one group.
-        jobs: more groups than jobs are of no use.
-        cpus: of the cluster.
-        node_cpus: of its largest node.
-        gpus: of the cluster.
+        resources: asked for.
+        jobs: of the whole run, done or not, so that one that was interrupted goes on with as many threads.
+        field: names ``resources`` in errors.
 
     Raises:
         UserError: not even one group fits.
     """
-    use_gpu = resources.gpu if resources.gpu is not None else gpus > 0
-    for kind, total, asked in (
-        ("CPUs", cpus, resources.workers * resources.cpus),
-        ("GPUs", gpus, float(resources.workers * use_gpu)),
-    ):
+    node_cpus = max(float(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
+    memory = float(ray.cluster_resources().get("memory", 0))
+    return fit_groups(resources, jobs, field, *cluster_totals(), node_cpus, memory)
+
+
+def fit_groups(
+    resources: TrainResources, jobs: int, field: str, cpus: float, gpus: float, node_cpus: float, memory: float
+) -> Settled:
+    """The arithmetic of ``settle``.
+
+    Args:
+        resources: asked for.
+        jobs: more groups than jobs are of no use.
+        field: names ``resources`` in errors.
+        cpus: of the cluster.
+        gpus: of the cluster.
+        node_cpus: of its largest node.
+        memory: of the cluster, bytes.
+
+    Raises:
+        UserError: not even one group fits.
+    """
+    workers = resources.workers
+    gpu = resources.gpu if resources.gpu is not None else gpus > 0
+    least = resources.cpus if resources.cpus is not None else GPU_WORKER_CPUS
+    for kind, total, asked in (("CPUs", cpus, workers * least), ("GPUs", gpus, float(workers * gpu))):
         # Ray would wait for them without end.
         if asked > total + 1e-6:
             raise UserError(
-                f"resources: a training asks for {asked:g} {kind}, but Ray has {total:g}; lower workers, cpus or gpu"
+                f"{field}: a training asks for {asked:g} {kind}, but Ray has {total:g}; lower workers, cpus or gpu"
             )
-    room = (gpus if use_gpu else cpus / max(resources.cpus, resources.threads or 1)) / resources.workers
-    groups = resources.parallel or max(1, min(jobs, int(room)))
-    share = min(cpus / (groups * resources.workers), node_cpus)
-    return groups, resources.threads or max(1, int(share)), use_gpu
+    if gpu:
+        room = min(gpus, cpus / least if least else gpus)
+    else:
+        room = min(cpus / max(least, resources.threads or 1), memory / WORKER_BYTES)
+    groups = max(1, min(resources.parallel or int(room / workers), jobs))
+    threads = resources.threads or max(1, int(min(cpus / (groups * workers), node_cpus)))
+    # Without GPUs the CPUs are what is computed with: reserving them keeps groups on nodes that have them free.
+    share = GPU_WORKER_CPUS if gpu else 0.9 * min(threads, cpus / (groups * workers), node_cpus)
+    return Settled(groups, workers, threads, resources.cpus if resources.cpus is not None else share, gpu)
 
 
 def _run_group(
-    loop: _Loop,
-    config: dict[str, Any],
-    resources: TrainResources,
-    use_gpu: bool,
-    name: str,
-    storage_uri: str,
-    max_failures: int,
+    loop: _Loop, config: dict[str, Any], settled: Settled, name: str, storage_uri: str, max_failures: int
 ) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -154,9 +206,9 @@ def _run_group(
         loop,
         train_loop_config=config,
         scaling_config=ScalingConfig(
-            num_workers=resources.workers,
-            use_gpu=use_gpu,
-            resources_per_worker={"CPU": resources.cpus, **({"GPU": 1} if use_gpu else {})},
+            num_workers=settled.workers,
+            use_gpu=settled.gpu,
+            resources_per_worker={"CPU": settled.cpus, **({"GPU": 1} if settled.gpu else {})},
         ),
         # Ray would start the group again after any exception, a user's mistake too; we do after lost workers.
         run_config=RunConfig(
@@ -174,8 +226,10 @@ def _run_group(
             found = _find_prism_error(error)
             if found:
                 raise found from None
-            if attempt == max_failures or not _lost_worker(error):
-                raise RunError(
+            lost = _lost_worker(error)
+            if attempt == max_failures or not lost:
+                kind = WorkersLost if lost else RunError
+                raise kind(
                     f"{name}: training failed ({_last_line(error)}); run the same command again to resume"
                 ) from error
 

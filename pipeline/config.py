@@ -72,7 +72,11 @@ class DataConfig(Frozen):
 
 
 class ResourcesConfig(Frozen):
-    """Where and on how much the stages run. Changing it never changes results, except ``threads``."""
+    """Where and on how much the stages run.
+
+    Changing it never changes results, except ``threads``, which for trainings come from the CPUs, ``parallel`` and the
+    number of networks where they are left open.
+    """
 
     session: SessionOptions = SessionOptions()
     squeeze: TrainResources = TrainResources()
@@ -166,6 +170,9 @@ class Config(Frozen):
             for parent in parents:
                 node = node[parent]
             node.pop(leaf)
+        # A field that is off and that earlier versions did not know changes no digest.
+        if self.data.resize is None:
+            del value["data"]["resize"]
         for spec in value["teachers"].values():
             # Files may be moved or mounted elsewhere; what they are called stays part of what was asked for.
             spec["weights"] = spec["weights"] and spec["weights"].rpartition("/")[2]

@@ -83,7 +83,15 @@ def print_plan(config: Config) -> None:
     )
     console.print(
         f"recover about {found.recover_hours:.3g} GPU-hours, relabel about {found.relabel_hours:.3g} (RTX 4090, fp32, "
-        "scaled by arithmetic work from the published 52 ms a step)",
+        "scaled by arithmetic work from the published 52 ms a step; small networks wait for other things)",
+        soft_wrap=True,
+    )
+    epochs = [spec.epochs or config.squeeze.epochs for spec in config.teachers.values() if spec.weights is None]
+    evaluate = config.evaluate
+    students = len(evaluate.students) * len(evaluate.seeds) * (1 + len(evaluate.baselines))
+    console.print(
+        f"besides: {len(epochs)} teachers to train ({sum(epochs)} epochs of the real images in all) and {students} "
+        f"students ({config.relabel.epochs} epochs of {found.images:,} images each)",
         soft_wrap=True,
     )
 

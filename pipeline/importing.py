@@ -15,6 +15,17 @@ def run_import(src: str, dst: str, *, format: str, strict: bool, dry_run: bool) 
     total = sum(len(split.keys) for split in source.splits)
     counts = ", ".join(f"{split.name} {len(split.keys):,}" for split in source.splits)
     console.print(f"{src}: {source.format}, {len(source.class_names)} classes, {counts} images", soft_wrap=True)
+    shown = ", ".join(source.class_names[:10]) + (", …" if len(source.class_names) > 10 else "")
+    console.print(f"classes: {shown}", soft_wrap=True)
+    if source.ignored:
+        console.print(f"{source.ignored:,} other files there are no part of the data", soft_wrap=True)
+    if len(source.splits) == 1:
+        console.print(
+            f"warning: no validation split, which a run needs: move some images of every class to {src}/val and the "
+            f"others to {src}/train, or import others and give their folder as data.val",
+            style="yellow",
+            soft_wrap=True,
+        )
     if dry_run:
         storage.check_writable(dst, "DST")
         return
@@ -33,6 +44,4 @@ def _print(report: ImportReport) -> None:
         console.print(f"  corrupt: {name} ({reason})", soft_wrap=True, style="yellow")
     if len(report.corrupt) > 20:
         console.print(f"  … all of them in {report.dst}/*/corrupt.json", soft_wrap=True)
-    if report.ignored:
-        console.print(f"{report.ignored:,} files that are no part of the data were passed over", soft_wrap=True)
     console.print(f"{report.seconds:.0f} s")

@@ -7,9 +7,10 @@ from cluster.errors import UserError
 
 STARTER = """\
 # Distil your own images. First turn them into shards, then check, then run:
-#   prism import /path/to/images data/mine       a folder per class, or train/ and val/ with a folder per class
-#   prism plan prism.yaml
-#   prism run prism.yaml
+#   prism import /path/to/images data/mine       train/ and val/, with a folder per class in each
+#   prism plan PRISM_YAML
+#   prism run PRISM_YAML
+# Relative paths start at the folder in which prism is called.
 name: mine
 recipe: prism              # prism, prism_published or sre2l
 seed: 0
@@ -28,7 +29,8 @@ teachers:                  # the first is the primary: it gives the logit loss; 
   # your own: {arch: "user:mymodels.py:make_net", weights: weights/net.safetensors, key_map: {strip_prefix: "module."}}
   # from timm: {arch: "timm:resnet18", weights: pretrained, num_outputs: 1000, class_index: {cat: 281, dog: 207}}
 
-squeeze: {epochs: 10, batch: 128, lr: 0.1, crop_padding: 4}   # trains the teachers that have no weights
+# Trains the teachers that have no weights; the cache keeps them for other runs. With few images, more epochs.
+squeeze: {epochs: 10, batch: 64, lr: 0.05, crop_padding: 4, cache: runs/teachers}
 
 recover:
   ipc: 10                  # distilled images per class
@@ -39,6 +41,7 @@ relabel: {epochs: 100}     # label epochs = training epochs of the students
 evaluate:
   students: {resnet18: {arch: "builtin:resnet18"}}
   seeds: [0, 1, 2]
+  protocol: {batch: 10}    # images a step: a distilled set is small
   baselines: [random_real, hard_label]
 """
 
@@ -53,5 +56,5 @@ def write_starter(directory: str) -> str:
     if storage.exists(where):
         raise UserError(f"{where}: exists already; choose another folder or edit it")
     storage.check_writable(directory, "DIR")
-    storage.write_bytes(where, STARTER.encode())
+    storage.write_bytes(where, STARTER.replace("PRISM_YAML", where).encode())
     return where

@@ -76,7 +76,7 @@ def train_students(
             with torch_threads(resources.threads):
                 train_jobs(out_uri, pending, data, Worker())
         else:
-            from cluster.training import run_trainers
+            from cluster.training import run_trainers, settle
 
             config = {
                 "out_uri": out_uri,
@@ -84,14 +84,13 @@ def train_students(
                 "data": asdict(data),
             }
             ray_uri = storage.join(out_uri, "progress", "ray")
-            run_trainers(
-                train_loop, config, len(pending), resources, name="students", storage_uri=ray_uri, of=len(jobs)
-            )
+            settled = settle(resources, len(jobs), "resources.evaluate")
+            run_trainers(train_loop, config, len(pending), settled, name="students", storage_uri=ray_uri)
     rows = []
     for job in pending:
         store = StudentStore(out_uri, job)
-        reason = store.pop_failed() or ("" if store.trained() else "training ended without it; run again")
-        rows.append({"id": job.id, "error": reason})
+        failed = store.pop_failed() or "training ended without it; run again"
+        rows.append({"id": job.id, "error": "" if store.trained() else failed})
     return rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 
 from cluster import storage
 from cluster.errors import UserError
@@ -25,7 +26,7 @@ def scan(uri: str, files: dict[str, int]) -> Source:
     """Find splits and classes.
 
     With a folder ``train`` that holds folders, ``train`` and ``val`` (or ``validation``, ``valid``, ``test``;
-    the first of them) are the splits; otherwise every folder is a class of the training split. An image
+    the first of them, in any case) are the splits; otherwise every folder is a class of the training split. An image
     belongs to the class folder it lies in, at whatever depth. Classes are in the order of their sorted folder
     names, which is also torchvision's.
 
@@ -37,10 +38,10 @@ def scan(uri: str, files: dict[str, int]) -> Source:
     for name in images:
         tops[name.split("/")[0] if "/" in name else ""].append(name)
 
-    # A folder `train` with images right inside is a class of that name (trains), not a split.
-    train = next((t for t in TRAIN_NAMES if t in tops and all(n.count("/") >= 2 for n in tops[t])), None)
-    if train:
-        val = next((v for v in VAL_NAMES if v in tops), None)
+    # A folder `train` with nothing but images right inside is a class of that name (trains), not a split.
+    train = _named(TRAIN_NAMES, tops)
+    if train and any(n.count("/") >= 2 for n in tops[train]):
+        val = _named(VAL_NAMES, tops)
         roots = [("train", f"{train}/")] + ([("val", f"{val}/")] if val else [])
     else:
         roots = [("train", "")]
@@ -60,6 +61,12 @@ def scan(uri: str, files: dict[str, int]) -> Source:
         splits.append(Split(split, [k for k, _ in keys], [label for _, label in keys]))
     used = {key: files[key] for split in splits for key in split.keys}
     return make_source(uri, "imagefolder", class_names, splits, used, ignored=len(files) - len(used))
+
+
+def _named(names: Iterable[str], tops: Iterable[str]) -> str | None:
+    """The folder with the first of ``names``, in upper or lower case."""
+    found = {top.lower(): top for top in sorted(tops, reverse=True)}
+    return next((found[name] for name in names if name in found), None)
 
 
 def _by_folder(uri: str, images: list[str], root: str) -> dict[str, list[str]]:

@@ -216,7 +216,7 @@ class LabelReader:
         try:
             table = shards.read_shard(uri)
         except PrismError:
-            raise RunError(f"{uri}: not a readable label shard; {AGAIN}") from None
+            raise RunError(f"{uri}: not a readable label shard; delete it and run again") from None
         metadata = json.loads(table.schema.metadata[b"prism"])
         if any(metadata.get(key) != self.metadata[key] for key in ("identity", "num_images", "class_names")):
             raise RunError(f"{uri}: belongs to another run than the shards beside it; {AGAIN}")

@@ -22,6 +22,10 @@ from stages.teachers.teacher import Teacher
 from stages.training import make_optimizer
 
 
+class Diverged(RunError):
+    """The loss of a teacher is no longer finite, on all workers."""
+
+
 class TeacherTraining:
     """A teacher in training; ``train_epochs`` drives it.
 
@@ -63,7 +67,7 @@ class TeacherTraining:
         """One pass over the training images.
 
         Raises:
-            RunError: the loss is no longer finite.
+            Diverged: the loss is no longer finite.
         """
         self.network.train()
         count = images.num_batches(self.options.batch, self.seed, self.epoch)
@@ -79,9 +83,9 @@ class TeacherTraining:
         self.network.eval()
         loss = (self._sum(total) / self._sum(torch.tensor(float(seen), device=self.device))).item()
         if not math.isfinite(loss):
-            raise RunError(
+            raise Diverged(
                 f"teachers.{self.teacher.name}: the loss became {loss} in epoch {self.epoch + 1}; lower squeeze.lr or "
-                f"teachers.{self.teacher.name}.lr (now {self.lr:g}) and run again"
+                f"teachers.{self.teacher.name}.lr (now {self.lr:g}) and run with another out"
             )
         self.losses.append(loss)
         self.epoch += 1

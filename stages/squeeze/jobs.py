@@ -77,14 +77,15 @@ def plan_job(
         data: the space of the images.
         fingerprints: of the training and the validation data.
         seed: of the run.
-        resources: of the worker group, with ``gpu`` decided; sums are made in an order that depends on them.
+        resources: of the worker group, with ``gpu`` and ``threads`` decided; the order of
+            sums depends on them.
     """
     settings = settings_digest(name, spec, options, data, fingerprints[0], seed)
     result = {
         "settings": settings,
         "val": fingerprints[1],
         "workers": resources.workers,
-        "threads": resources.threads or "auto",
+        "threads": resources.threads,
         # Decides on the kernels, and on what precision ``auto`` is.
         "gpu": resources.gpu,
         "version": __version__,

@@ -19,7 +19,7 @@ from cluster.shards import Dataset, load_dataset
 from cluster.worker import Worker
 from stages.data import DataSpec
 from stages.squeeze.augment import check_squeeze
-from stages.squeeze.core import TeacherTraining, train_epochs
+from stages.squeeze.core import Diverged, TeacherTraining, train_epochs
 from stages.squeeze.data import RealImages
 from stages.squeeze.jobs import (
     TeacherJob,
@@ -79,11 +79,13 @@ def squeeze_teachers(
     check_squeeze(options, data)
     train, val = load_dataset(train_uri, "data.train"), load_dataset(val_uri, "data.val")
     check_teachers(out_uri, teachers, data, train.fingerprint, options, seed)
-    decided = _decided(resources, serial)
+    trainings = sum(spec.weights is None for spec in teachers.values())
+    decided = _decided(resources, trainings, serial)
     fingerprints = [train.fingerprint, val.fingerprint]
     jobs = [plan_job(name, spec, options, data, fingerprints, seed, decided) for name, spec in teachers.items()]
     pending = [job for job in jobs if _missing(out_uri, job, options)]
     if not pending:
+        storage.remove(_states_uri(out_uri))
         return
     progress_uri = storage.join(out_uri, "progress", "squeeze")
     storage.remove(progress_uri)
@@ -91,7 +93,7 @@ def squeeze_teachers(
     given = [job for job in pending if job.spec.weights is not None]
     trained = [job for job in pending if job.spec.weights is None]
     with follow(progress_uri, "squeeze", sum(job.steps for job in pending), "epochs"):
-        for phase, of in ((given, len(given)), (trained, sum(job.spec.weights is None for job in jobs))):
+        for phase in (given, trained):
             arguments: dict[str, Any] = {
                 "out_uri": out_uri,
                 "jobs": [job.model_dump(mode="json") for job in phase],
@@ -102,13 +104,14 @@ def squeeze_teachers(
                 "seed": seed,
             }
             if serial:
-                with torch_threads(resources.threads):
+                with torch_threads(decided.threads):
                     run_jobs(arguments, range(len(phase)), Worker())
             elif phase:
-                from cluster.training import run_trainers
+                from cluster.training import run_trainers, settle
 
+                settled = settle(decided, len(phase), "resources.squeeze")
                 ray_uri = storage.join(out_uri, "progress", "ray")
-                run_trainers(train_loop, arguments, len(phase), resources, name="teachers", storage_uri=ray_uri, of=of)
+                run_trainers(train_loop, arguments, len(phase), settled, name="teachers", storage_uri=ray_uri)
     missing = [job.name for job in pending if read_card(teacher_folder(out_uri, job.name)) is None]
     if missing:
         raise RunError(f"squeeze: {', '.join(missing)} did not finish; run the same command again to resume")
@@ -141,14 +144,17 @@ def check_teachers(
         check_origin(out_uri, name, spec.weights, settings)
 
 
-def _decided(resources: TrainResources, serial: bool) -> TrainResources:
-    """What the training will have: ``gpu`` is True or False."""
+def _decided(resources: TrainResources, trainings: int, serial: bool) -> TrainResources:
+    """What each of so many trainings will have: ``gpu`` and ``threads`` are filled in."""
     if serial:
-        return resources.model_copy(update={"workers": 1, "gpu": False})
-    from cluster.session import cluster_totals
+        threads = resources.threads or torch.get_num_threads()
+        return resources.model_copy(update={"workers": 1, "gpu": False, "threads": threads})
+    from cluster.training import settle
 
-    gpu = resources.gpu if resources.gpu is not None else cluster_totals()[1] > 0
-    return resources.model_copy(update={"gpu": gpu})
+    settled = settle(resources, max(1, trainings), "resources.squeeze")
+    return resources.model_copy(
+        update={"gpu": settled.gpu, "threads": settled.threads, "parallel": settled.groups, "cpus": settled.cpus}
+    )
 
 
 def _missing(out_uri: str, job: TeacherJob, options: SqueezeOptions) -> bool:
@@ -193,7 +199,7 @@ def run_jobs(arguments: dict[str, Any], indices: Iterable[int], worker: Worker) 
     train, val = load_dataset(arguments["train_uri"], "data.train"), load_dataset(arguments["val_uri"], "data.val")
     real = RealImages(train, data, rank=worker.rank, world=worker.world)
     real_val = RealImages(val, data, rank=worker.rank, world=worker.world)
-    diverged: list[RunError] = []
+    diverged: list[Diverged] = []
     for job in (jobs[index] for index in indices):
         # A worker group that was restarted finds the teachers it had finished.
         if read_card(teacher_folder(out_uri, job.name)) is not None:
@@ -210,7 +216,7 @@ def run_jobs(arguments: dict[str, Any], indices: Iterable[int], worker: Worker) 
         else:
             try:
                 train_teacher(out_uri, job, data, (real, real_val), train, options, seed, worker, say)
-            except RunError as error:
+            except Diverged as error:
                 diverged.append(error)
     if diverged:
         raise diverged[0]
@@ -240,7 +246,8 @@ def _refuse_guessing(name: str, found: Accuracy, num_classes: int) -> None:
     if found.top1 <= chance + 2 * math.sqrt(chance * (1 - chance) / found.images):
         raise UserError(
             f"teachers.{name}: top-1 on the validation data is {100 * found.top1:.1f} %, no better than guessing "
-            f"({100 * chance:.1f} %); check its weights, mean and std, input_size and the order of its classes"
+            f"({100 * chance:.1f} %); check its weights, mean and std, input_size and the order of its classes, and "
+            "run with another out"
         )
 
 

@@ -14,7 +14,7 @@ import ray
 
 from cluster.errors import RunError, UserError
 from cluster.resources import TrainResources
-from cluster.training import JobQueue, _find_prism_error, _lost_worker, fit_groups, run_trainers
+from cluster.training import JobQueue, _find_prism_error, _lost_worker, fit_groups, run_trainers, settle
 from cluster.worker import Worker
 
 # Workers cannot import test modules.
@@ -76,29 +76,48 @@ def test_a_restarted_group_gets_its_job_again() -> None:
     assert queue.take("b", 2) is None
 
 
+def test_what_a_lost_group_held_comes_last() -> None:
+    queue = JobQueue(3)
+    assert [queue.take("a", None), queue.take("b", None)] == [0, 1]
+    queue.give_up("a")
+    assert [queue.take("b", 1), queue.take("b", 2), queue.take("b", 0)] == [2, 0, None]
+
+
+GIB = 2**30
+
+
 @pytest.mark.parametrize(
     ("resources", "jobs", "cluster", "expected"),
     [
-        ({}, 3, (2, 2, 0), (2, 1, False)),
-        ({}, 1, (8, 8, 0), (1, 8, False)),
-        ({}, 5, (16, 16, 0), (5, 3, False)),
-        ({"threads": 4}, 9, (16, 16, 0), (4, 4, False)),
-        ({"threads": 4}, 9, (2, 2, 0), (1, 4, False)),
-        ({"workers": 2}, 9, (2, 2, 0), (1, 1, False)),
-        ({"parallel": 3}, 9, (2, 2, 0), (3, 1, False)),
-        ({}, 9, (64, 16, 4), (4, 16, True)),
-        ({"workers": 4}, 9, (64, 64, 8), (2, 8, True)),
-        ({"gpu": False}, 1, (64, 16, 4), (1, 16, False)),
+        # cluster: CPUs, GPUs, CPUs of a node, memory; expected: groups, threads, CPUs reserved, GPU
+        ({}, 3, (2, 0, 2, 64 * GIB), (2, 1, 0.9, False)),
+        ({}, 1, (8, 0, 8, 64 * GIB), (1, 8, 7.2, False)),
+        ({}, 5, (16, 0, 16, 64 * GIB), (5, 3, 2.7, False)),
+        ({}, 5, (16, 0, 16, 6 * GIB), (2, 8, 7.2, False)),
+        ({}, 5, (16, 0, 16, GIB), (1, 16, 14.4, False)),
+        ({}, 3, (32, 0, 8, 256 * GIB), (3, 8, 7.2, False)),
+        ({"threads": 4}, 9, (16, 0, 16, 64 * GIB), (4, 4, 3.6, False)),
+        ({"threads": 4}, 9, (2, 0, 2, 64 * GIB), (1, 4, 1.8, False)),
+        ({"workers": 2}, 9, (2, 0, 2, 64 * GIB), (1, 1, 0.9, False)),
+        ({"parallel": 3}, 9, (2, 0, 2, 64 * GIB), (3, 1, 0.6, False)),
+        ({"parallel": 8}, 2, (16, 0, 16, 64 * GIB), (2, 8, 7.2, False)),
+        ({"cpus": 0.5}, 9, (2, 0, 2, 64 * GIB), (2, 1, 0.5, False)),
+        ({}, 9, (64, 4, 16, GIB), (4, 16, 0.5, True)),
+        ({"workers": 4}, 9, (64, 8, 64, GIB), (2, 8, 0.5, True)),
+        ({"cpus": 8}, 9, (16, 4, 16, GIB), (2, 8, 8, True)),
+        ({"gpu": False}, 1, (64, 4, 16, 64 * GIB), (1, 16, 14.4, False)),
     ],
 )
 def test_groups_share_the_cluster(resources, jobs, cluster, expected) -> None:
-    assert fit_groups(TrainResources(**resources), jobs, *cluster) == expected
+    found = fit_groups(TrainResources(**resources), jobs, "resources.squeeze", *cluster)
+    assert (found.groups, found.threads, pytest.approx(found.cpus), found.gpu) == expected
+    assert found.workers == resources.get("workers", 1)
 
 
 @pytest.mark.parametrize(("resources", "kind"), [({"workers": 9}, "4.5 CPUs"), ({"gpu": True}, "1 GPUs")])
 def test_a_group_that_cannot_fit_is_refused(resources, kind) -> None:
-    with pytest.raises(UserError, match=f"asks for {kind}, but Ray has"):
-        fit_groups(TrainResources(**resources), 1, 2.0, 2.0, 0.0)
+    with pytest.raises(UserError, match=f"^resources.squeeze: a training asks for {kind}, but Ray has"):
+        fit_groups(TrainResources(**resources), 1, "resources.squeeze", 2.0, 0.0, 2.0, GIB)
 
 
 def test_users_error_is_found_inside_any_wrapping() -> None:
@@ -131,9 +150,8 @@ def test_only_lost_workers_are_worth_another_attempt() -> None:
 
 def run(loop, tmp_path: Path, jobs: int, resources: dict[str, int], **options: Any) -> None:
     config = {"log": str(options.pop("log", tmp_path / "log"))}
-    run_trainers(
-        loop, config, jobs, TrainResources(**resources), name="nets", storage_uri=str(tmp_path / "ray"), **options
-    )
+    settled = settle(TrainResources(**resources), jobs, "resources.squeeze")
+    run_trainers(loop, config, jobs, settled, name="nets", storage_uri=str(tmp_path / "ray"), **options)
 
 
 @pytest.mark.ray

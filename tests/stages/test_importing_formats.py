@@ -114,6 +114,14 @@ def test_a_class_called_train_is_a_class(tmp_path):
     assert do_import(tmp_path / "src", tmp_path / "dst").class_names == ["bus", "car", "train"]
 
 
+def test_split_folders_in_capitals_are_splits(tmp_path):
+    images = [encoded(p) for p in random_images(4)]
+    write_tree(tmp_path / "src" / "Train", {"a": images[:1], "b": images[1:2]})
+    write_tree(tmp_path / "src" / "Test", {"a": images[2:3], "b": images[3:]})
+    report = do_import(tmp_path / "src", tmp_path / "dst")
+    assert (report.class_names, [s.name for s in report.splits]) == (["a", "b"], ["train", "val"])
+
+
 def test_the_first_of_val_validation_test_counts(tmp_path):
     images = [encoded(p) for p in random_images(6)]
     for split, start in (("train", 0), ("test", 2), ("validation", 4)):
@@ -186,6 +194,11 @@ def test_an_image_outside_a_class_folder_is_refused(tmp_path):
     (tmp_path / "src" / "stray.png").write_bytes(image)
     with pytest.raises(UserError, match=r"stray\.png lies in no class folder"):
         do_import(tmp_path / "src", tmp_path / "dst")
+    # Beside the class folders of a split as well, which it does not turn into a class.
+    write_tree(tmp_path / "split" / "train", {"a": [image], "b": [image]})
+    (tmp_path / "split" / "train" / "overview.png").write_bytes(image)
+    with pytest.raises(UserError, match=r"overview\.png lies in no class folder"):
+        do_import(tmp_path / "split", tmp_path / "dst")
 
 
 # CIFAR

@@ -81,7 +81,7 @@ def test_reading_an_epoch_opens_its_shards_alone(tmp_path):
         if not path.name.startswith("labels-00003"):
             path.write_bytes(b"broken")
     reader.read_epoch(3)
-    with pytest.raises(RunError, match=r"labels-00006-0000000.parquet: not a readable label shard; run the relabel"):
+    with pytest.raises(RunError, match=r"labels-00006-0000000.parquet: not a readable label shard; delete it"):
         reader.read_epoch(6)
 
 

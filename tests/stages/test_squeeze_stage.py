@@ -359,9 +359,10 @@ def test_pretrained_weights_are_adopted(case, given, tmp_path, monkeypatch):
 
 
 def test_divergence_keeps_what_is_finished(case, tmp_path):
+    """The others are trained, whichever comes first."""
     bad = RES.model_copy(update={"lr": 1e30})
     with pytest.raises(RunError, match=r"teachers\.res"):
-        case(tmp_path, {"conv": CONV, "res": bad})
+        case(tmp_path, {"res": bad, "conv": CONV})
     assert set(digests(tmp_path)) == {"conv/card.json", "conv/model.safetensors"}
 
 
