@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -206,7 +207,9 @@ def test_ctrl_c_is_one_sentence(config, tmp_path, prism, stage):
     if stage != "squeeze":
         code, _, err = prism("squeeze", path, "--serial")
         assert code == 0, err
-    process = start(stage, path, start_new_session=True)
+    # A shell that starts things in the background makes them ignore the signal, for all their children.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = start(stage, path, start_new_session=True, preexec_fn=heed)
     progress = tmp_path / "out" / "progress" / stage
     try:
         while not any(record["done"] >= 1 for record in read_progress(str(progress)).values()):
