@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
 
 from cluster import storage
 from cluster.errors import UserError
-from stages.importing.source import TRAIN_NAMES, VAL_NAMES, Reader, Source, Split, make_source
+from stages.importing.source import TRAIN_NAMES, VAL_NAMES, Reader, Source, Split, find_split, make_source
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 
@@ -39,9 +38,9 @@ def scan(uri: str, files: dict[str, int]) -> Source:
         tops[name.split("/")[0] if "/" in name else ""].append(name)
 
     # A folder `train` with nothing but images right inside is a class of that name (trains), not a split.
-    train = _named(TRAIN_NAMES, tops)
+    train = find_split(TRAIN_NAMES, tops)
     if train and any(n.count("/") >= 2 for n in tops[train]):
-        val = _named(VAL_NAMES, tops)
+        val = find_split(VAL_NAMES, tops)
         roots = [("train", f"{train}/")] + ([("val", f"{val}/")] if val else [])
     else:
         roots = [("train", "")]
@@ -61,12 +60,6 @@ def scan(uri: str, files: dict[str, int]) -> Source:
         splits.append(Split(split, [k for k, _ in keys], [label for _, label in keys]))
     used = {key: files[key] for split in splits for key in split.keys}
     return make_source(uri, "imagefolder", class_names, splits, used, ignored=len(files) - len(used))
-
-
-def _named(names: Iterable[str], tops: Iterable[str]) -> str | None:
-    """The folder with the first of ``names``, in upper or lower case."""
-    found = {top.lower(): top for top in sorted(tops, reverse=True)}
-    return next((found[name] for name in names if name in found), None)
 
 
 def _by_folder(uri: str, images: list[str], root: str) -> dict[str, list[str]]:

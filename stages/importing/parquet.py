@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from cluster import storage
 from cluster.errors import UserError
-from stages.importing.source import TRAIN_NAMES, VAL_NAMES, Reader, Source, by_class, make_source
+from stages.importing.source import TRAIN_NAMES, VAL_NAMES, Reader, Source, by_class, find_split, make_source
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
@@ -36,8 +36,8 @@ def scan(uri: str, files: dict[str, int]) -> Source:
     for name in files:
         if name.endswith(".parquet"):
             parts[_split_name(name)].append(name)
-    train = next((t for t in TRAIN_NAMES if t in parts), "")
-    val = next((v for v in VAL_NAMES if v in parts), None)
+    train = find_split(TRAIN_NAMES, parts) or ""
+    val = find_split(VAL_NAMES, parts)
     class_names: list[str] | None = None
     numbers: list[int] = []
     splits, used = [], {}
@@ -71,8 +71,8 @@ def scan(uri: str, files: dict[str, int]) -> Source:
 def _split_name(name: str) -> str:
     *folders, base = name.split("/")
     for part in [*folders, re.split(r"[-_.]", base)[0]]:
-        if part in TRAIN_NAMES + VAL_NAMES:
-            return part
+        if part.lower() in TRAIN_NAMES + VAL_NAMES:
+            return part.lower()
     return ""
 
 

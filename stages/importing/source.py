@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import posixpath
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +17,7 @@ from cluster.errors import UserError
 
 Format = Literal["imagefolder", "cifar", "idx", "parquet"]
 
-# Folder and file names that mean a split; the first name found is the one imported as "val".
+# Folder and file names that mean a split, in any case; the first name found is the one imported as "val".
 TRAIN_NAMES = ("train", "training")
 VAL_NAMES = ("val", "validation", "valid", "test")
 
@@ -63,6 +63,12 @@ class Source:
     splits: list[Split]
     digest: str
     ignored: int = 0
+
+
+def find_split(names: Iterable[str], found: Iterable[str]) -> str | None:
+    """The one of ``found`` that is the first of ``names``, in upper or lower case."""
+    by_name = {each.lower(): each for each in sorted(found, reverse=True)}
+    return next((by_name[name] for name in names if name in by_name), None)
 
 
 def by_class(name: str, keys: list[str], labels: list[int]) -> Split:
