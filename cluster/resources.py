@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from cluster.errors import UserError
+
+# A worker process with its libraries, and a share of decoded images.
+WORKER_BYTES = 2.5 * 2**30
+# A worker with a GPU waits for it most of the time.
+GPU_WORKER_CPUS = 0.5
 
 
 class Frozen(BaseModel):
@@ -57,3 +66,59 @@ class TrainResources(Frozen):
     cpus: float | None = Field(default=None, ge=0)
     gpu: bool | None = None
     threads: int | None = Field(default=None, ge=1)
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What trainings will have.
+
+    Attributes:
+        groups: at the same time.
+        workers: of one group.
+        threads: torch threads of one worker.
+        cpus: that one worker reserves.
+        gpu: whether each worker has one.
+    """
+
+    groups: int
+    workers: int
+    threads: int
+    cpus: float
+    gpu: bool
+
+
+def fit_groups(
+    resources: TrainResources, jobs: int, field: str, cpus: float, gpus: float, node_cpus: float, memory: float
+) -> Settled:
+    """What the configuration leaves open, from what the cluster has.
+
+    Args:
+        resources: asked for.
+        jobs: more groups than jobs are of no use.
+        field: names ``resources`` in errors.
+        cpus: of the cluster.
+        gpus: of the cluster.
+        node_cpus: of its largest node.
+        memory: of the cluster, bytes.
+
+    Raises:
+        UserError: not even one group fits.
+    """
+    workers = resources.workers
+    gpu = resources.gpu if resources.gpu is not None else gpus > 0
+    least = resources.cpus if resources.cpus is not None else GPU_WORKER_CPUS
+    for kind, total, asked in (("CPUs", cpus, workers * least), ("GPUs", gpus, float(workers * gpu))):
+        # Ray would wait for them without end.
+        if asked > total + 1e-6:
+            raise UserError(
+                f"{field}: a training asks for {asked:g} {kind}, but Ray has {total:g}; lower workers, cpus or gpu"
+            )
+    if gpu:
+        room = min(gpus, cpus / least if least else gpus)
+    else:
+        room = min(cpus / max(least, resources.threads or 1), memory / WORKER_BYTES)
+    groups = max(1, min(resources.parallel or int(room / workers), jobs))
+    threads = resources.threads or max(1, int(min(cpus / (groups * workers), node_cpus)))
+    # Without GPUs the CPUs are what is computed with: reserving them keeps groups on nodes that have them free.
+    share = GPU_WORKER_CPUS if gpu else 0.9 * min(threads, cpus / (groups * workers), node_cpus)
+    return Settled(groups, workers, threads, resources.cpus if resources.cpus is not None else share, gpu)

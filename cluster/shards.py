@@ -94,7 +94,7 @@ def read_shard(uri: str, columns: list[str] | None = None) -> pa.Table:
         raise UserError(f"{uri}: no such shard") from None
     except (pa.ArrowException, OSError) as error:
         # Arrow reports a wrong checksum as an OSError; others are troubles of the storage, which pass.
-        if isinstance(error, OSError) and not isinstance(error, pa.ArrowException) and "CRC" not in str(error):
+        if isinstance(error, OSError) and "CRC" not in str(error):
             raise
         raise UserError(
             f"{uri}: not a readable Parquet file ({error}); delete it and run again, or import the data again"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -15,14 +14,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster import storage
 from cluster.errors import PrismError, RunError, UserError
 from cluster.progress import console
-from cluster.resources import TrainResources
+from cluster.resources import Settled, TrainResources, fit_groups
 from cluster.session import cluster_totals
 from cluster.worker import Worker
-
-# A worker process with its libraries, and a share of decoded images.
-WORKER_BYTES = 2.5 * 2**30
-# A worker with a GPU waits for it most of the time.
-GPU_WORKER_CPUS = 0.5
 
 Loop = Callable[[dict[str, Any], Iterator[int], Worker], None]
 """Called on every worker of a group with (config, indices of the jobs that the group gets, the worker)."""
@@ -39,15 +33,15 @@ class JobQueue:
         self._free = list(range(jobs))
         self._held: dict[str, int] = {}
 
-    def take(self, group: str, done: int | None) -> int | None:
+    def take(self, group: str, finished: bool) -> int | None:
         """The next job of a group, None at the end.
 
         Args:
             group: name of the asking group.
-            done: the job it has finished; None: none, for it has just started. A group that was restarted gets the
-                job again at which its worker died.
+            finished: whether it has finished the job it holds. A group that was started again has not, and gets the
+                job at which its worker died once more.
         """
-        if done is not None:
+        if finished:
             self._held.pop(group, None)
         if group not in self._held:
             if not self._free:
@@ -101,7 +95,9 @@ def run_trainers(
             if isinstance(error, WorkersLost):
                 queue.give_up.remote(group)
             errors.append(error)
-            console.print(f"warning: {error}", style="yellow", soft_wrap=True)
+            # The last group's is raised below.
+            if sum(driver.is_alive() for driver in drivers) > 1:
+                console.print(f"warning: {error}", style="yellow", soft_wrap=True)
 
     names = [f"{name}-{index}" for index in range(min(settled.groups, jobs))]
     # Threads, for ``fit`` blocks; and in the main thread Ray Train would take Ctrl-C for itself, for good.
@@ -118,25 +114,6 @@ class WorkersLost(RunError):
     """The workers of a group died again and again."""
 
 
-@dataclass(frozen=True)
-class Settled:
-    """What trainings will have.
-
-    Attributes:
-        groups: at the same time.
-        workers: of one group.
-        threads: torch threads of one worker.
-        cpus: that one worker reserves.
-        gpu: whether each worker has one.
-    """
-
-    groups: int
-    workers: int
-    threads: int
-    cpus: float
-    gpu: bool
-
-
 def settle(resources: TrainResources, jobs: int, field: str) -> Settled:
     """Fill what the configuration leaves open, from the running cluster.
 
@@ -151,43 +128,6 @@ def settle(resources: TrainResources, jobs: int, field: str) -> Settled:
     node_cpus = max(float(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
     memory = float(ray.cluster_resources().get("memory", 0))
     return fit_groups(resources, jobs, field, *cluster_totals(), node_cpus, memory)
-
-
-def fit_groups(
-    resources: TrainResources, jobs: int, field: str, cpus: float, gpus: float, node_cpus: float, memory: float
-) -> Settled:
-    """The arithmetic of ``settle``.
-
-    Args:
-        resources: asked for.
-        jobs: more groups than jobs are of no use.
-        field: names ``resources`` in errors.
-        cpus: of the cluster.
-        gpus: of the cluster.
-        node_cpus: of its largest node.
-        memory: of the cluster, bytes.
-
-    Raises:
-        UserError: not even one group fits.
-    """
-    workers = resources.workers
-    gpu = resources.gpu if resources.gpu is not None else gpus > 0
-    least = resources.cpus if resources.cpus is not None else GPU_WORKER_CPUS
-    for kind, total, asked in (("CPUs", cpus, workers * least), ("GPUs", gpus, float(workers * gpu))):
-        # Ray would wait for them without end.
-        if asked > total + 1e-6:
-            raise UserError(
-                f"{field}: a training asks for {asked:g} {kind}, but Ray has {total:g}; lower workers, cpus or gpu"
-            )
-    if gpu:
-        room = min(gpus, cpus / least if least else gpus)
-    else:
-        room = min(cpus / max(least, resources.threads or 1), memory / WORKER_BYTES)
-    groups = max(1, min(resources.parallel or int(room / workers), jobs))
-    threads = resources.threads or max(1, int(min(cpus / (groups * workers), node_cpus)))
-    # Without GPUs the CPUs are what is computed with: reserving them keeps groups on nodes that have them free.
-    share = GPU_WORKER_CPUS if gpu else 0.9 * min(threads, cpus / (groups * workers), node_cpus)
-    return Settled(groups, workers, threads, resources.cpus if resources.cpus is not None else share, gpu)
 
 
 def _run_group(
@@ -253,15 +193,15 @@ class _Loop:
 
     def _jobs(self, worker: Worker) -> Iterator[int]:
         """The same indices on every worker of the group."""
-        job: int | None = None
+        finished = False
         while True:
-            box = [ray.get(self.queue.take.remote(self.group, job)) if worker.rank == 0 else None]
+            box = [ray.get(self.queue.take.remote(self.group, finished)) if worker.rank == 0 else None]
             if worker.world > 1:
                 torch.distributed.broadcast_object_list(box)
-            job = box[0]
-            if job is None:
+            if box[0] is None:
                 return
-            yield job
+            yield box[0]
+            finished = True
 
 
 def _find_prism_error(error: BaseException) -> PrismError | None:

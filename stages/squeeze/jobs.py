@@ -14,7 +14,7 @@ from torch import nn
 
 from cluster import storage
 from cluster.errors import UserError
-from cluster.resources import Frozen, TrainResources
+from cluster.resources import Frozen, Settled
 from cluster.version import __version__
 from stages.data import DataSpec
 from stages.squeeze.options import SqueezeOptions
@@ -66,7 +66,7 @@ def plan_job(
     data: DataSpec,
     fingerprints: list[str],
     seed: int,
-    resources: TrainResources,
+    settled: Settled,
 ) -> TeacherJob:
     """The job of a teacher.
 
@@ -77,17 +77,16 @@ def plan_job(
         data: the space of the images.
         fingerprints: of the training and the validation data.
         seed: of the run.
-        resources: of the worker group, with ``gpu`` and ``threads`` decided; the order of
-            sums depends on them.
+        settled: what the training will have; the order of sums depends on it.
     """
     settings = settings_digest(name, spec, options, data, fingerprints[0], seed)
     result = {
         "settings": settings,
         "val": fingerprints[1],
-        "workers": resources.workers,
-        "threads": resources.threads,
+        "workers": settled.workers,
+        "threads": settled.threads,
         # Decides on the kernels, and on what precision ``auto`` is.
-        "gpu": resources.gpu,
+        "gpu": settled.gpu,
         "version": __version__,
     }
     epochs, lr = spec.epochs or options.epochs, spec.lr or options.lr

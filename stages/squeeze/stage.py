@@ -13,7 +13,7 @@ import torch
 from cluster import storage
 from cluster.errors import RunError, UserError
 from cluster.progress import ProgressWriter, follow
-from cluster.resources import TrainResources
+from cluster.resources import Settled, TrainResources
 from cluster.rng import derive_seed
 from cluster.shards import Dataset, load_dataset
 from cluster.worker import Worker
@@ -80,9 +80,9 @@ def squeeze_teachers(
     train, val = load_dataset(train_uri, "data.train"), load_dataset(val_uri, "data.val")
     check_teachers(out_uri, teachers, data, train.fingerprint, options, seed)
     trainings = sum(spec.weights is None for spec in teachers.values())
-    decided = _decided(resources, trainings, serial)
+    settled = _settled(resources, trainings, serial)
     fingerprints = [train.fingerprint, val.fingerprint]
-    jobs = [plan_job(name, spec, options, data, fingerprints, seed, decided) for name, spec in teachers.items()]
+    jobs = [plan_job(name, spec, options, data, fingerprints, seed, settled) for name, spec in teachers.items()]
     pending = [job for job in jobs if _missing(out_uri, job, options)]
     if not pending:
         storage.remove(_states_uri(out_uri))
@@ -93,7 +93,7 @@ def squeeze_teachers(
     given = [job for job in pending if job.spec.weights is not None]
     trained = [job for job in pending if job.spec.weights is None]
     with follow(progress_uri, "squeeze", sum(job.steps for job in pending), "epochs"):
-        for phase in (given, trained):
+        for phase in filter(None, (given, trained)):
             arguments: dict[str, Any] = {
                 "out_uri": out_uri,
                 "jobs": [job.model_dump(mode="json") for job in phase],
@@ -104,14 +104,13 @@ def squeeze_teachers(
                 "seed": seed,
             }
             if serial:
-                with torch_threads(decided.threads):
+                with torch_threads(settled.threads):
                     run_jobs(arguments, range(len(phase)), Worker())
-            elif phase:
-                from cluster.training import run_trainers, settle
+            else:
+                from cluster.training import run_trainers
 
-                settled = settle(decided, len(phase), "resources.squeeze")
                 ray_uri = storage.join(out_uri, "progress", "ray")
-                run_trainers(train_loop, arguments, len(phase), settled, name="teachers", storage_uri=ray_uri)
+                run_trainers(run_jobs, arguments, len(phase), settled, name="teachers", storage_uri=ray_uri)
     missing = [job.name for job in pending if read_card(teacher_folder(out_uri, job.name)) is None]
     if missing:
         raise RunError(f"squeeze: {', '.join(missing)} did not finish; run the same command again to resume")
@@ -144,17 +143,14 @@ def check_teachers(
         check_origin(out_uri, name, spec.weights, settings)
 
 
-def _decided(resources: TrainResources, trainings: int, serial: bool) -> TrainResources:
-    """What each of so many trainings will have: ``gpu`` and ``threads`` are filled in."""
+def _settled(resources: TrainResources, trainings: int, serial: bool) -> Settled:
+    """What each of so many trainings will have."""
     if serial:
         threads = resources.threads or torch.get_num_threads()
-        return resources.model_copy(update={"workers": 1, "gpu": False, "threads": threads})
+        return Settled(groups=1, workers=1, threads=threads, cpus=0.0, gpu=False)
     from cluster.training import settle
 
-    settled = settle(resources, max(1, trainings), "resources.squeeze")
-    return resources.model_copy(
-        update={"gpu": settled.gpu, "threads": settled.threads, "parallel": settled.groups, "cpus": settled.cpus}
-    )
+    return settle(resources, max(1, trainings), "resources.squeeze")
 
 
 def _missing(out_uri: str, job: TeacherJob, options: SqueezeOptions) -> bool:
@@ -176,13 +172,8 @@ def _states_uri(out_uri: str) -> str:
     return storage.join(out_uri, "progress", "squeeze-states")
 
 
-def train_loop(arguments: dict[str, Any], indices: Iterable[int], worker: Worker) -> None:
-    """What each Ray Train worker runs."""
-    run_jobs(arguments, indices, worker)
-
-
 def run_jobs(arguments: dict[str, Any], indices: Iterable[int], worker: Worker) -> None:
-    """Adopt or train teachers one after the other; the images are decoded once for all.
+    """Adopt or train teachers one after the other, on every worker; the images are decoded once for all.
 
     Args:
         arguments: plain values, see ``squeeze_teachers``.

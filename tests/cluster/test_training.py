@@ -13,8 +13,8 @@ import pytest
 import ray
 
 from cluster.errors import RunError, UserError
-from cluster.resources import TrainResources
-from cluster.training import JobQueue, _find_prism_error, _lost_worker, fit_groups, run_trainers, settle
+from cluster.resources import TrainResources, fit_groups
+from cluster.training import JobQueue, _find_prism_error, _lost_worker, run_trainers, settle
 from cluster.worker import Worker
 
 # Workers cannot import test modules.
@@ -68,19 +68,19 @@ def ranks(config: dict[str, Any], jobs: Iterator[int], worker: Worker) -> None:
 
 def test_a_restarted_group_gets_its_job_again() -> None:
     queue = JobQueue(3)
-    assert [queue.take("a", None), queue.take("b", None)] == [0, 1]
-    assert queue.take("a", None) == 0
-    assert queue.take("b", 1) == 2
-    assert queue.take("a", 0) is None
-    assert queue.take("b", None) == 2
-    assert queue.take("b", 2) is None
+    assert [queue.take("a", False), queue.take("b", False)] == [0, 1]
+    assert queue.take("a", False) == 0
+    assert queue.take("b", True) == 2
+    assert queue.take("a", True) is None
+    assert queue.take("b", False) == 2
+    assert queue.take("b", True) is None
 
 
 def test_what_a_lost_group_held_comes_last() -> None:
     queue = JobQueue(3)
-    assert [queue.take("a", None), queue.take("b", None)] == [0, 1]
+    assert [queue.take("a", False), queue.take("b", False)] == [0, 1]
     queue.give_up("a")
-    assert [queue.take("b", 1), queue.take("b", 2), queue.take("b", 0)] == [2, 0, None]
+    assert [queue.take("b", True) for _ in range(3)] == [2, 0, None]
 
 
 GIB = 2**30
@@ -155,11 +155,13 @@ def run(loop, tmp_path: Path, jobs: int, resources: dict[str, int], **options: A
 
 
 @pytest.mark.ray
-def test_users_error_keeps_its_words_and_is_not_retried(tmp_path: Path, ray_local: None) -> None:
+def test_users_error_keeps_its_words_and_is_not_retried(tmp_path: Path, ray_local: None, capsys) -> None:
     with pytest.raises(UserError) as caught:
         run(mistaken, tmp_path, 1, {"threads": 1})
     assert str(caught.value) == "teachers.a: no weights at /nowhere; correct the path"
     assert (tmp_path / "log").read_text() == "try 0\n"
+    # It is raised, and need not be said twice.
+    assert "warning" not in capsys.readouterr().out
 
 
 @pytest.mark.ray

@@ -24,7 +24,7 @@ import torch
 from cluster import shards, storage
 from cluster.errors import RunError, UserError
 from cluster.progress import read_progress
-from cluster.resources import TrainResources
+from cluster.resources import Settled, TrainResources
 from cluster.rng import generator
 from stages.data import DataSpec
 from stages.squeeze import stage
@@ -179,10 +179,10 @@ def test_cache_is_looked_up_by_content(case, tmp_path, monkeypatch):
 def test_what_the_cache_key_depends_on(tmp_path):
     data = DataSpec(28, 1, (0.1,), (0.3,), ("a", "b"))
 
-    here = TrainResources(threads=1, gpu=False)
+    here = Settled(groups=1, workers=1, threads=1, cpus=0.9, gpu=False)
 
-    def job(name="a", spec=CONV, options=OPTIONS, data=data, prints=("x", "y"), seed=0, resources=here):
-        return plan_job(name, spec, options, data, list(prints), seed, resources)
+    def job(name="a", spec=CONV, options=OPTIONS, data=data, prints=("x", "y"), seed=0, settled=here):
+        return plan_job(name, spec, options, data, list(prints), seed, settled)
 
     def key(**change):
         return job(**change).key
@@ -206,11 +206,12 @@ def test_what_the_cache_key_depends_on(tmp_path):
     keys.append(key(spec=user))
     assert len(set(keys)) == len(keys)
     # The machine decides on the last bits, but not on what was asked for; nor does the validation data.
-    machines = [here.model_copy(update=u) for u in ({"workers": 2}, {"threads": 2}, {"threads": None}, {"gpu": True})]
-    assert len({key(), *(key(resources=m) for m in machines)}) == 5
-    assert {job(resources=m).settings for m in machines} == {job().settings, job(prints=("x", "z")).settings}
+    changes: list[dict[str, Any]] = [{"workers": 2}, {"threads": 2}, {"threads": 3}, {"gpu": True}]
+    machines = [dataclasses.replace(here, **change) for change in changes]
+    assert len({key(), *(key(settled=m) for m in machines)}) == 5
+    assert {job(settled=m).settings for m in machines} == {job().settings, job(prints=("x", "z")).settings}
     assert job(prints=("z", "y")).settings != job().settings
-    assert key() == key(resources=here.model_copy(update={"cpus": 2.0}))
+    assert key() == key(settled=dataclasses.replace(here, cpus=2.0, groups=4))
     assert key() == key(options=OPTIONS.model_copy(update={"cache": "elsewhere", "epochs": 9, "lr": 9.0}))
 
 
