@@ -79,13 +79,17 @@ def squeeze_teachers(
     check_squeeze(options, data)
     train, val = load_dataset(train_uri, "data.train"), load_dataset(val_uri, "data.val")
     check_teachers(out_uri, teachers, data, train.fingerprint, options, seed)
+    unfinished = {name: spec for name, spec in teachers.items() if read_card(teacher_folder(out_uri, name)) is None}
+    if not unfinished:
+        storage.remove(_states_uri(out_uri))
+        return
+    # Counted over the whole run, so that one that was interrupted goes on with as many threads.
     trainings = sum(spec.weights is None for spec in teachers.values())
     settled = _settled(resources, trainings, serial)
     fingerprints = [train.fingerprint, val.fingerprint]
-    jobs = [plan_job(name, spec, options, data, fingerprints, seed, settled) for name, spec in teachers.items()]
-    pending = [job for job in jobs if _missing(out_uri, job, options)]
+    jobs = [plan_job(name, spec, options, data, fingerprints, seed, settled) for name, spec in unfinished.items()]
+    pending = [job for job in jobs if not _take_cached(out_uri, job, options)]
     if not pending:
-        storage.remove(_states_uri(out_uri))
         return
     progress_uri = storage.join(out_uri, "progress", "squeeze")
     storage.remove(progress_uri)
@@ -153,13 +157,10 @@ def _settled(resources: TrainResources, trainings: int, serial: bool) -> Settled
     return settle(resources, max(1, trainings), "resources.squeeze")
 
 
-def _missing(out_uri: str, job: TeacherJob, options: SqueezeOptions) -> bool:
-    """Whether work is left for a teacher, after a look into the cache."""
-    folder = teacher_folder(out_uri, job.name)
-    if read_card(folder) is not None:
-        return False
+def _take_cached(out_uri: str, job: TeacherJob, options: SqueezeOptions) -> bool:
+    """Whether the cache had the teacher, which is then the run's."""
     cached = _cached(job, options)
-    return cached is None or not copy_teacher(cached, folder)
+    return cached is not None and copy_teacher(cached, teacher_folder(out_uri, job.name))
 
 
 def _cached(job: TeacherJob, options: SqueezeOptions) -> str | None:
