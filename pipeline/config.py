@@ -170,9 +170,6 @@ class Config(Frozen):
             for parent in parents:
                 node = node[parent]
             node.pop(leaf)
-        # A field that is off and that earlier versions did not know changes no digest.
-        if self.data.resize is None:
-            del value["data"]["resize"]
         for spec in value["teachers"].values():
             # Files may be moved or mounted elsewhere; what they are called stays part of what was asked for.
             spec["weights"] = spec["weights"] and spec["weights"].rpartition("/")[2]

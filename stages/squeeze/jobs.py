@@ -113,16 +113,11 @@ def settings_digest(
         "squeeze": options.model_dump(mode="json", exclude={"cache", "epochs", "lr"}),
         "epochs": spec.epochs or options.epochs,
         "lr": spec.lr or options.lr,
-        "data": _space(data),
+        "data": asdict(data),
         "fingerprint": fingerprint,
         "seed": seed,
     }
     return _digest(settings)
-
-
-def _space(data: DataSpec) -> dict[str, Any]:
-    """What is set of the images' space; a field that is not, and that caches of before did not know, changes no key."""
-    return {key: value for key, value in asdict(data).items() if value is not None}
 
 
 def _digest(value: Mapping[str, Any]) -> str:
