@@ -12,6 +12,9 @@ import typer
 from cluster.errors import PrismError, UserError
 from cluster.progress import console
 
+# What Typer turns Ctrl-C into, without a word.
+INTERRUPTED = 128 + signal.SIGINT
+
 app = typer.Typer(
     name="prism",
     help="Distil a labelled image dataset into a few images per class, and measure what they are worth.",
@@ -128,16 +131,12 @@ def report(out: Annotated[str, typer.Argument(help="A run directory")]) -> None:
     console.print(f"wrote {out}/report.html", soft_wrap=True)
 
 
-INTERRUPTED = 128 + signal.SIGINT
-
-
 def main() -> None:
     """Entry point: errors made for users become one sentence and an exit code."""
     # Ray's and Torch's own warnings are not the user's business; failures reach them as sentences.
     logging.basicConfig(level=logging.ERROR, format="%(message)s")
     try:
         code = app(standalone_mode=False) or 0
-        # Typer turns Ctrl-C into this code, without a word.
         if code == INTERRUPTED:
             raise KeyboardInterrupt
     except PrismError as error:

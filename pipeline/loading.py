@@ -259,5 +259,9 @@ def _sentence(error: Any) -> str:
     if kind == "literal_error":
         allowed = context["expected"].replace("'", "")
         return f"{field}: {given!r} is not allowed; choose from {allowed}"
-    wanted = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    if kind in ("model_type", "dict_type"):
+        names = ", ".join(_field_names([*location, ""]))
+        what = f"a section; its fields: {names}" if kind == "model_type" else f"a section of names, each with: {names}"
+        return f"{field}: {given!r} is given, but it must be {what}"
+    wanted = error["msg"].removeprefix("Input should be ")
     return f"{field}: {given!r} is given, but it must be {wanted.split(', unable')[0]}"

@@ -91,6 +91,8 @@ def test_identity_ignores_place_and_machine_but_not_method():
         ({"recover": {"stagger": {"drop": 500, "modulo": 8}}}, ["stagger", "leaves none"]),
         ({"recover": {"statistics": "class"}}, ["recover.statistics", "reserved"]),
         ({"recover": {"precision": "fp32"}}, ["recover.precision", "reserved"]),
+        ({"recover": 5}, ["recover: 5", "section", "ipc, "]),
+        ({"teachers": 5}, ["teachers: 5", "section of names", "arch, "]),
         ({"data": {"image_size": "224"}}, ["data.image_size", "'224'", "integer"]),
         ({"data": {"image_size": True}}, ["data.image_size", "integer"]),
         ({"relabel": {"priors": {"c": 3}}}, ["relabel.priors", "'c'"]),
