@@ -76,7 +76,7 @@ def run_trainers(
         jobs: how many there are.
         settled: resources of the groups.
         name: of the groups, with their number; unique under ``storage_uri``.
-        storage_uri: folder of Ray Train's own records.
+        storage_uri: folder of Ray Train's own records, removed at the end.
         max_failures: so often a group is started again after a worker died.
 
     Raises:
@@ -106,6 +106,8 @@ def run_trainers(
         driver.start()
     for driver in drivers:
         driver.join()
+    # Of no use to a later run, which goes by what the jobs left.
+    storage.remove(storage_uri)
     if errors:
         raise errors[0]
 

@@ -63,7 +63,7 @@ def train_students(
         One row per pending job: ``id``, and ``error`` where it could not be trained.
 
     Raises:
-        PrismError: nothing could be trained (bad network, unreadable images).
+        UserError: nothing could be trained (bad network, unreadable images).
     """
     stores = [StudentStore(out_uri, job) for job in jobs]
     pending = [s.job for s in stores if not s.result() and not s.trained()]
@@ -71,6 +71,7 @@ def train_students(
         return []
     progress_uri = storage.join(out_uri, "progress", "train_students")
     storage.remove(progress_uri)
+    lost = "training ended without it; run again"
     with follow(progress_uri, "train", sum(job.epochs for job in pending), "epochs"):
         if serial:
             with torch_threads(resources.threads):
@@ -85,11 +86,15 @@ def train_students(
             }
             ray_uri = storage.join(out_uri, "progress", "ray")
             settled = settle(resources, len(jobs), "resources.evaluate")
-            run_trainers(train_loop, config, len(pending), settled, name="students", storage_uri=ray_uri)
+            try:
+                run_trainers(train_loop, config, len(pending), settled, name="students", storage_uri=ray_uri)
+            except RunError as error:
+                # Those that were trained before are worth a validation all the same.
+                lost = str(error)
     rows = []
     for job in pending:
         store = StudentStore(out_uri, job)
-        failed = store.pop_failed() or "training ended without it; run again"
+        failed = store.pop_failed() or lost
         rows.append({"id": job.id, "error": "" if store.trained() else failed})
     return rows
 

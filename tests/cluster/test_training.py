@@ -62,8 +62,11 @@ def waits_for_the_other(config: dict[str, Any], jobs: Iterator[int], worker: Wor
 
 
 def ranks(config: dict[str, Any], jobs: Iterator[int], worker: Worker) -> None:
+    """Job 1 fails on the second worker alone, while the first waits for it."""
     for job in jobs:
         Path(config["log"], f"job {job} rank {worker.rank}").touch()
+        if (job, worker.rank) == (1, 1):
+            raise RunError("rank 1 of job 1")
 
 
 def test_a_restarted_group_gets_its_job_again() -> None:
@@ -190,7 +193,11 @@ def test_groups_work_at_the_same_time_and_one_that_fails_leaves_its_share(tmp_pa
 
 
 @pytest.mark.ray
-def test_all_workers_of_a_group_get_the_same_jobs(tmp_path: Path, ray_local: None) -> None:
+def test_all_workers_of_a_group_get_the_same_jobs_and_end_with_the_one_that_fails(
+    tmp_path: Path, ray_local: None
+) -> None:
     (tmp_path / "log").mkdir()
-    run(ranks, tmp_path, 2, {"workers": 2, "threads": 1})
+    with pytest.raises(RunError, match="rank 1 of job 1"):
+        run(ranks, tmp_path, 3, {"workers": 2, "threads": 1})
     assert sorted(p.name for p in (tmp_path / "log").iterdir()) == [f"job {j} rank {r}" for j in (0, 1) for r in (0, 1)]
+    assert not (tmp_path / "ray").exists()

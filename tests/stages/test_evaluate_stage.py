@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from cluster import shards, storage
-from cluster.errors import UserError
+from cluster.errors import RunError, UserError
 from cluster.progress import read_progress
 from cluster.resources import ActorResources, TrainResources
 from cluster.rng import generator
 from cluster.runner import ActorStage, Row, run_ray, run_serial
+from cluster.worker import Worker
 from stages.data import DataSpec
 from stages.evaluate import train
 from stages.evaluate.baselines import choose_real, random_real, random_real_uri
@@ -225,6 +226,17 @@ def test_a_diverging_student_does_not_stop_the_others(case: Case) -> None:
     assert [r["id"] for r in validate_students(
         case.out, [bad, case.jobs[1]], case.data, case.val, ActorResources(), run_serial
     )] == [case.jobs[1].id]  # fmt: skip
+
+
+def test_what_a_lost_group_had_trained_counts(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lose(loop: Any, config: dict[str, Any], jobs: int, settled: None, **_: Any) -> None:
+        loop(config, [0], Worker())
+        raise RunError("students-0: gone")
+
+    monkeypatch.setattr("cluster.training.run_trainers", lose)
+    monkeypatch.setattr("cluster.training.settle", lambda *_: None)
+    rows = train_students(case.out, case.jobs[:2], case.data, TrainResources(threads=1))
+    assert [row["error"] for row in rows] == ["", "students-0: gone"]
 
 
 def test_unreadable_validation_image_is_named(case: Case) -> None:
