@@ -116,9 +116,14 @@ def fit_groups(
     if gpu:
         room = min(gpus, cpus / least if least else gpus)
     else:
-        room = min(cpus / max(least, resources.threads or 1), memory / WORKER_BYTES)
+        room = cpus / max(least, resources.threads or 1)
     groups = max(1, min(resources.parallel or int(room / workers), jobs))
-    threads = resources.threads or max(1, int(min(cpus / (groups * workers), node_cpus)))
+    # Before memory is looked at, which differs from one start to the next where threads, and so results, may not.
+    share = min(cpus / (groups * workers), node_cpus)
+    threads = resources.threads or max(1, int(share))
+    if not gpu and resources.parallel is None:
+        groups = max(1, min(groups, int(memory / (WORKER_BYTES * workers))))
     # Without GPUs the CPUs are what is computed with: reserving them keeps groups on nodes that have them free.
-    share = GPU_WORKER_CPUS if gpu else 0.9 * min(threads, cpus / (groups * workers), node_cpus)
-    return Settled(groups, workers, threads, resources.cpus if resources.cpus is not None else share, gpu)
+    reserved = GPU_WORKER_CPUS if gpu else 0.9 * min(threads, share)
+    reserved = resources.cpus if resources.cpus is not None else reserved
+    return Settled(groups, workers, threads, reserved, gpu)
