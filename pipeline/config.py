@@ -14,6 +14,7 @@ from stages.evaluate.options import EvaluateOptions
 from stages.recover.options import RecoverOptions
 from stages.relabel.options import RelabelOptions
 from stages.squeeze.options import SqueezeOptions
+from stages.teachers.arch import portable_arch
 from stages.teachers.options import TeacherSpec
 
 # A run directory belongs to what determines its artifacts. These do not: where it lies, what it is called, the
@@ -173,8 +174,7 @@ class Config(Frozen):
         for spec in value["teachers"].values():
             # Files may be moved or mounted elsewhere; what they are called stays part of what was asked for.
             spec["weights"] = spec["weights"] and spec["weights"].rpartition("/")[2]
-            if spec["arch"].startswith("user:"):
-                spec["arch"] = "user:" + spec["arch"].removeprefix("user:").rpartition("/")[2]
+            spec["arch"] = portable_arch(spec["arch"])
         return value
 
     def sha256(self) -> str:

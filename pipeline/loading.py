@@ -260,8 +260,8 @@ def _sentence(error: Any) -> str:
         allowed = context["expected"].replace("'", "")
         return f"{field}: {given!r} is not allowed; choose from {allowed}"
     if kind in ("model_type", "dict_type"):
-        names = ", ".join(_field_names([*location, ""]))
-        what = f"a section; its fields: {names}" if kind == "model_type" else f"a section of names, each with: {names}"
-        return f"{field}: {given!r} is given, but it must be {what}"
+        fields = ", ".join(_field_names([*location, ""]))
+        what = "a section; its fields: " if kind == "model_type" else "a section of names, each with: "
+        return f"{field}: {given!r} is given, but it must be {what}{fields}"
     wanted = error["msg"].removeprefix("Input should be ")
     return f"{field}: {given!r} is given, but it must be {wanted.split(', unable')[0]}"

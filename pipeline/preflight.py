@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from cluster import storage
@@ -10,6 +11,7 @@ from cluster.shards import Dataset, load_dataset
 from pipeline import rundir
 from pipeline.config import Config
 from stages.data import DataSpec
+from stages.evaluate.jobs import student_id
 from stages.squeeze.augment import check_squeeze
 from stages.squeeze.stage import check_teachers
 from stages.teachers.card import CARD_FILE
@@ -155,19 +157,46 @@ def check_weights(config: Config, data: DataSpec) -> None:
 
 
 def weight_bytes(config: Config, students: dict[str, NetworkFacts]) -> int:
-    """Bytes of the students' weights, which wait for validation at every validated epoch."""
+    """Bytes that are still to be written of the students' weights, which wait for validation at every validated epoch.
+
+    A student with a result counts as done, whatever it was made from: too little is better than to refuse a run that
+    has everything.
+    """
     evaluate = config.evaluate
     states = -(-config.relabel.epochs // evaluate.protocol.val_every)
-    arms = (1 + len(evaluate.baselines)) * len(evaluate.seeds)
-    return 4 * arms * states * sum(facts.parameters for facts in students.values())
+    total = 0
+    for method, (name, facts), seed in itertools.product(
+        [config.recipe, *evaluate.baselines], students.items(), evaluate.seeds
+    ):
+        job = student_id(method, name, evaluate.protocol.name, seed)
+        if not storage.exists(storage.join(config.out, "eval", f"{job}.json")):
+            there = sum(storage.list_files(storage.join(config.out, "eval", "weights", job)).values())
+            total += max(0, 4 * states * facts.parameters - there)
+    return total
 
 
-def check_space(config: Config, needed: int) -> None:
+@dataclass(frozen=True)
+class Planned:
+    """Files that a run will have.
+
+    Attributes:
+        folder: below the run directory.
+        files: how many.
+        size: bytes of all, estimated.
+    """
+
+    folder: str
+    files: int
+    size: int
+
+
+def check_space(config: Config, planned: list[Planned], students: dict[str, NetworkFacts]) -> None:
     """The disk of a local run directory holds what is planned and not yet written.
 
     Args:
         config: of the run.
-        needed: bytes of all images, labels and weights.
+        planned: images and labels.
+        students: facts of their architectures.
 
     Raises:
         UserError: says how much is needed and free.
@@ -175,12 +204,15 @@ def check_space(config: Config, needed: int) -> None:
     free = storage.free_bytes(config.out)
     if free is None:
         return
-    folders = ["recovered", "labels/distilled", "labels/random_real"]
-    there = sum(sum(storage.list_files(storage.join(config.out, name)).values()) for name in folders)
-    if needed - there > free:
+    needed = weight_bytes(config, students)
+    for part in planned:
+        # By number, since a finished file may well be smaller than was estimated.
+        there = len(storage.list_files(storage.join(config.out, part.folder), ".parquet"))
+        needed += part.size * max(0, part.files - there) // part.files
+    if needed > free:
         raise UserError(
             f"out: {config.out} has {free / 2**30:.1f} GiB free, but the planned images, labels and weights take "
-            f"{(needed - there) / 2**30:.1f} GiB more; choose a larger disk, fewer relabel.epochs, a larger "
+            f"{needed / 2**30:.1f} GiB more; choose a larger disk, fewer relabel.epochs, a larger "
             "evaluate.protocol.val_every or a smaller recover.ipc"
         )
 

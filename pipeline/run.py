@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from cluster import storage
 from cluster.errors import RunError, UserError
@@ -21,7 +21,7 @@ from pipeline import rundir
 from pipeline.config import Config
 from pipeline.describe import cost, print_plan, results_table
 from pipeline.plan import make_plan, save_plan, with_sources
-from pipeline.preflight import Ready, check_space, preflight, weight_bytes
+from pipeline.preflight import Planned, Ready, check_space, preflight
 from pipeline.summary import SUMMARY_FILE, write_summary
 from stages.evaluate.baselines import random_real, random_real_uri
 from stages.evaluate.diversity import diversity_stage
@@ -33,9 +33,11 @@ from stages.relabel import stage as relabelling
 from stages.relabel.unit import LabelUnit, plan_units
 from stages.squeeze.stage import squeeze_teachers
 from stages.teachers.card import TeacherCard, read_card
-from stages.teachers.options import TeacherSpec
+from stages.teachers.options import NetworkSpec, TeacherSpec
+from stages.teachers.teacher import PRETRAINED
 
 DISTILLED, RANDOM_REAL = "distilled", "random_real"
+Spec = TypeVar("Spec", bound=NetworkSpec)
 
 
 @dataclass(frozen=True)
@@ -344,22 +346,25 @@ def absolute(config: Config) -> Config:
     def full(uri: str | None) -> str | None:
         return storage.resolve(uri)[1] if uri is not None and storage.is_local(uri) else uri
 
+    def network(spec: Spec) -> Spec:
+        if not spec.arch.startswith("user:") or ".py:" not in spec.arch:
+            return spec
+        path, _, factory = spec.arch.removeprefix("user:").rpartition(":")
+        return spec.model_copy(update={"arch": f"user:{full(path)}:{factory}"})
+
     def teacher(spec: TeacherSpec) -> TeacherSpec:
-        update: dict[str, Any] = {}
-        if spec.weights not in (None, "pretrained"):
-            update["weights"] = full(spec.weights)
-        if spec.arch.startswith("user:") and ".py:" in spec.arch:
-            path, _, factory = spec.arch.removeprefix("user:").rpartition(":")
-            update["arch"] = f"user:{full(path)}:{factory}"
-        return spec.model_copy(update=update)
+        weights = spec.weights if spec.weights == PRETRAINED else full(spec.weights)
+        return network(spec).model_copy(update={"weights": weights})
 
     data = config.data.model_copy(update={"train": full(config.data.train), "val": full(config.data.val)})
+    students = {name: network(spec) for name, spec in config.evaluate.students.items()}
     return config.model_copy(
         update={
             "out": full(config.out),
             "data": data,
             "teachers": {name: teacher(spec) for name, spec in config.teachers.items()},
             "squeeze": config.squeeze.model_copy(update={"cache": full(config.squeeze.cache)}),
+            "evaluate": config.evaluate.model_copy(update={"students": students}),
         }
     )
 
@@ -367,8 +372,11 @@ def absolute(config: Config) -> Config:
 def check(config: Config) -> Ready:
     """Everything that can be checked before work starts; writes nothing."""
     ready = preflight(config)
-    found = cost(config, make_plan(config, ready.data.num_classes), ready.networks, ready.data.num_classes)
-    check_space(config, found.image_bytes + found.label_bytes + weight_bytes(config, ready.students))
+    run = Run(config, ready, run_serial, serial=True)
+    found = cost(config, run.units, ready.networks, ready.data.num_classes)
+    sets, shards = run.image_sets, len(run.label_units)
+    labels = [Planned(f"labels/{name}", shards, found.label_bytes // len(sets)) for name in sets]
+    check_space(config, [Planned("recovered", len(run.units), found.image_bytes), *labels], ready.students)
     return ready
 
 

@@ -9,9 +9,15 @@ from pydantic import Field
 
 from cluster.resources import Frozen
 from stages.evaluate.options import EvaluateOptions, Protocol, StudentName
+from stages.teachers.arch import code_sha256, portable_arch
 from stages.teachers.options import NetworkSpec
 
 HARD_LABEL = "hard_label"
+
+
+def student_id(method: str, student: str, protocol: str, seed: int) -> str:
+    """``METHOD--STUDENT--PROTOCOL--sSEED``, safe as a file name."""
+    return f"{method}--{student}--{protocol}--s{seed}"
 
 
 class StudentJob(Frozen):
@@ -22,6 +28,7 @@ class StudentJob(Frozen):
         recipe: of the run.
         student: name of the architecture in ``evaluate.students``.
         network: the architecture.
+        code_sha256: of the user's file with the architecture; None for libraries' ones.
         protocol: how it is trained.
         seed: of its initial weights.
         images_uri: folder of recovered shards.
@@ -35,6 +42,7 @@ class StudentJob(Frozen):
     recipe: str
     student: StudentName
     network: NetworkSpec
+    code_sha256: str | None = None
     protocol: Protocol
     seed: int
     images_uri: str
@@ -45,13 +53,14 @@ class StudentJob(Frozen):
 
     @property
     def id(self) -> str:
-        """``METHOD--STUDENT--PROTOCOL--sSEED``, safe as a file name."""
-        return f"{self.method}--{self.student}--{self.protocol.name}--s{self.seed}"
+        """See ``student_id``."""
+        return student_id(self.method, self.student, self.protocol.name, self.seed)
 
     @property
     def content_sha(self) -> str:
-        """Hash of what the result depends on: everything but the place of the run."""
+        """Hash of what the result depends on: everything but the places of the run and of a user's code."""
         content = self.model_dump(mode="json", exclude={"images_uri", "labels_uri"})
+        content["network"]["arch"] = portable_arch(self.network.arch)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -84,6 +93,7 @@ def plan_jobs(
             recipe=recipe,
             student=name,
             network=network,
+            code_sha256=code_sha256(network.arch),
             protocol=protocol,
             seed=seed,
             images_uri=images_uri,

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -19,7 +17,7 @@ from cluster.version import __version__
 from stages.data import DataSpec
 from stages.squeeze.options import SqueezeOptions
 from stages.teachers.accuracy import Accuracy
-from stages.teachers.build import split_arch
+from stages.teachers.arch import code_sha256, portable_arch
 from stages.teachers.card import CARD_FILE, WEIGHTS_FILE, TeacherCard, read_card, write_card
 from stages.teachers.options import TeacherSpec
 from stages.teachers.teacher import PRETRAINED, Teacher
@@ -108,8 +106,11 @@ def settings_digest(
     """
     settings = {
         "name": name,
-        "network": spec.model_dump(mode="json", exclude={"weights", "key_map", "epochs", "lr"}),
-        "code": _code_digest(spec.arch),
+        "network": {
+            **spec.model_dump(mode="json", exclude={"weights", "key_map", "epochs", "lr"}),
+            "arch": portable_arch(spec.arch),
+        },
+        "code": code_sha256(spec.arch),
         "squeeze": options.model_dump(mode="json", exclude={"cache", "epochs", "lr"}),
         "epochs": spec.epochs or options.epochs,
         "lr": spec.lr or options.lr,
@@ -124,25 +125,29 @@ def _digest(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def check_origin(out_uri: str, name: str, weights: str | None, settings: str) -> None:
+def check_origin(out_uri: str, name: str, spec: TeacherSpec, settings: str) -> None:
     """Prove that a finished teacher was made from what is asked for; one that is not finished passes.
 
-    A weights file that is no longer there proves nothing, and the run has its own copy.
+    A weights file that is no longer there proves nothing, and the run has its own copy. A user's code has to be there,
+    for the run goes on with it.
 
     Args:
         out_uri: the run directory.
         name: of the teacher.
-        weights: asked for; None: trained.
+        spec: what is asked for.
         settings: of its training, see ``settings_digest``.
 
     Raises:
-        UserError: it was made from other weights or settings.
+        UserError: it was made from other weights, settings or code.
     """
     folder = teacher_folder(out_uri, name)
     card = read_card(folder)
     if card is None:
         return
-    if weights is None:
+    weights = spec.weights
+    if card.code_sha256 not in (None, code_sha256(spec.arch)):
+        same, what = False, f"other code than {spec.arch} holds now"
+    elif weights is None:
         same = card.origin == SQUEEZED and card.settings_sha256 in (None, settings)
         what = "other weights or settings than those of the configuration"
     else:
@@ -159,19 +164,6 @@ def _origin_sha256(weights: str | None) -> str | None:
     if weights is None or weights == PRETRAINED or not storage.exists(weights):
         return None
     return hashlib.sha256(read_weights_bytes(weights)).hexdigest()
-
-
-def _code_digest(arch: str) -> str | None:
-    """Digest of a user's own file, whose content may change under the same name."""
-    source, name = split_arch(arch)
-    if source != "user":
-        return None
-    where = name.rpartition(":")[0]
-    try:
-        found = where if where.endswith(".py") else getattr(importlib.util.find_spec(where), "origin", None)
-        return hashlib.sha256(Path(found or "").expanduser().read_bytes()).hexdigest()
-    except (OSError, ImportError, ValueError):
-        raise UserError(f"arch: {arch!r}: {where} is not a readable Python file or module; correct the name") from None
 
 
 def commit(out_uri: str, job: TeacherJob, teacher: Teacher, train: Accuracy | None, val: Accuracy) -> None:
@@ -214,6 +206,7 @@ def make_card(job: TeacherJob, teacher: Teacher, train: Accuracy | None, val: Ac
         origin=job.spec.weights or SQUEEZED,
         origin_sha256=_origin_sha256(job.spec.weights),
         settings_sha256=job.settings if job.spec.weights is None else None,
+        code_sha256=code_sha256(job.spec.arch),
     )
 
 

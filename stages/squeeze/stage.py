@@ -144,7 +144,7 @@ def check_teachers(
     """
     for name, spec in teachers.items():
         settings = settings_digest(name, spec, options, data, fingerprint, seed)
-        check_origin(out_uri, name, spec.weights, settings)
+        check_origin(out_uri, name, spec, settings)
 
 
 def _settled(resources: TrainResources, trainings: int, serial: bool) -> Settled:

@@ -16,25 +16,9 @@ import torch
 from torch import nn
 
 from cluster.errors import UserError
+from stages.teachers.arch import split_arch
 from stages.teachers.networks import NETWORKS
 from stages.teachers.options import NetworkSpec
-
-SOURCES = ("builtin", "timm", "torchvision", "user")
-
-
-def split_arch(arch: str) -> tuple[str, str]:
-    """``source:name`` → (source, name).
-
-    Raises:
-        UserError: no such source.
-    """
-    source, _, name = arch.partition(":")
-    if source not in SOURCES or not name:
-        raise UserError(
-            f"arch: {arch!r} is not SOURCE:NAME with SOURCE one of {', '.join(SOURCES)} "
-            "(builtin:resnet18, timm:resnet18, torchvision:resnet18, user:package.module:factory)"
-        )
-    return source, name
 
 
 def check_arch(arch: str) -> None:

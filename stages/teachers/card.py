@@ -34,6 +34,7 @@ class TeacherCard(Frozen):
         origin: ``squeeze`` or the weights' URI.
         origin_sha256: of the file that the weights were taken from; None where there was none.
         settings_sha256: of what the training of a squeezed teacher was asked for (``TeacherJob.settings``).
+        code_sha256: of the user's file with the architecture; None for libraries' ones.
     """
 
     arch: str
@@ -56,6 +57,7 @@ class TeacherCard(Frozen):
     origin: str
     origin_sha256: str | None = None
     settings_sha256: str | None = None
+    code_sha256: str | None = None
 
     @property
     def bn_layers(self) -> int:

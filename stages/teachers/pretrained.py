@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from cluster.errors import UserError
-from stages.teachers.build import check_arch, split_arch
+from stages.teachers.arch import split_arch
+from stages.teachers.build import check_arch
 from stages.teachers.options import NetworkSpec
 
 # A hub that does not answer within so many seconds is out of reach; the run must say so before 10 s are over.

@@ -208,6 +208,16 @@ def test_too_little_disk(prism, tiny_config, tmp_path, monkeypatch):
     assert nothing_written(tmp_path)
 
 
+def test_a_full_disk_is_enough_for_what_is_finished(prism, tiny_config, monkeypatch):
+    from cluster import storage
+
+    path = tiny_config()
+    assert prism("run", path, "--serial")[0] == 0
+    monkeypatch.setattr(storage, "free_bytes", lambda uri: 1000)
+    code, _, err = prism("run", path, "--serial")
+    assert code == 0, err
+
+
 def test_splits_with_different_class_order(prism, tiny_config, tiny_data, tmp_path):
     other = tmp_path / "val"
     other.mkdir()

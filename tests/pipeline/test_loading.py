@@ -7,6 +7,7 @@ import yaml
 
 from cluster.errors import UserError
 from pipeline.loading import apply_overrides, dump_yaml, load_config, parse_yaml, recipe_names, resolve
+from pipeline.run import absolute
 
 
 def minimal(**sections):
@@ -154,3 +155,23 @@ def test_bad_override_words():
         apply_overrides({}, ["recover"])
     with pytest.raises(UserError, match="not a section"):
         apply_overrides({"seed": 1}, ["seed.x=1"])
+
+
+def test_files_of_a_users_code_are_found_from_every_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = absolute(
+        resolve(
+            minimal(
+                teachers={"a": {"arch": "user:nets.py:one", "weights": "w.pt"}, "b": {"arch": "user:package.nets:two"}},
+                evaluate={"students": {"s": {"arch": "user:sub/nets.py:three"}, "t": {"arch": "timm:resnet18"}}},
+            )
+        )
+    )
+    assert {n: s.arch for n, s in config.evaluate.students.items()} == {
+        "s": f"user:{tmp_path}/sub/nets.py:three",
+        "t": "timm:resnet18",
+    }
+    assert {n: (s.arch, s.weights) for n, s in config.teachers.items()} == {
+        "a": (f"user:{tmp_path}/nets.py:one", f"{tmp_path}/w.pt"),
+        "b": ("user:package.nets:two", None),
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,6 +63,19 @@ def test_content_hash_knows_what_matters() -> None:
     hashes = {job.content_sha for job in others}
     assert len(hashes) == len(others)
     assert base not in hashes
+
+
+def test_users_code_counts_and_not_where_it_lies(tmp_path: Path) -> None:
+    def sha(folder: str, text: str) -> str:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        file = tmp_path / folder / "net.py"
+        file.write_text(text)
+        options = OPTIONS.model_copy(update={"students": {"mine": NetworkSpec(arch=f"user:{file}:net")}})
+        return plan_jobs(
+            options, "prism", recipe="prism", images_uri="/i", labels_uri="/l", epochs=1, ipc=1, inputs_sha="x"
+        )[0].content_sha
+
+    assert sha("here", "def net(): ...") == sha("there", "def net(): ...") != sha("here", "def net(): return 1")
 
 
 @pytest.mark.parametrize(

@@ -309,6 +309,28 @@ def test_a_finished_teacher_of_other_weights_is_refused(case, given, tmp_path):
     assert digests(out) == before
 
 
+def test_a_finished_teacher_of_other_code_is_refused(case, given, tmp_path):
+    text = (
+        "from stages.teachers.networks import NETWORKS\n"
+        "def net(num_classes, **kwargs):\n"
+        "    return NETWORKS['convnet_d3'](num_classes=num_classes, in_chans=1, **kwargs)\n"
+    )
+    file = tmp_path / "net.py"
+    file.write_text(text)
+    spec = given_spec(given, arch=f"user:{file}:net")
+    out = tmp_path / "out"
+    case(out, {"g": spec})
+    moved = tmp_path / "elsewhere" / "net.py"
+    moved.parent.mkdir()
+    moved.write_text(text)
+    case(out, {"g": given_spec(given, arch=f"user:{moved}:net")})
+    file.write_text(text + "# changed")
+    with pytest.raises(
+        UserError, match=r"^teachers\.g: .*/teachers/g was made from other code than user:.*another out$"
+    ):
+        case(out, {"g": spec})
+
+
 def test_a_finished_teacher_of_other_settings_is_refused(case, tmp_path):
     case(tmp_path, {"conv": CONV})
     before = digests(tmp_path)
