@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from cluster import storage
 from cluster.errors import RunError, UserError
 from cluster.progress import StageProgress, console, read_progress
-from cluster.runner import ActorStage, Row, Runner, run_ray, run_serial
+from cluster.runner import ActorStage, Row, Runner, fit_pools, run_ray, run_serial
 from cluster.session import ray_session
 from cluster.shards import labels_of
 from pipeline import rundir
@@ -26,7 +26,8 @@ from pipeline.summary import SUMMARY_FILE, write_summary
 from stages.evaluate.baselines import random_real, random_real_uri
 from stages.evaluate.diversity import diversity_stage
 from stages.evaluate.jobs import HARD_LABEL, StudentJob, plan_jobs
-from stages.evaluate.stage import read_results, train_students, validate_students
+from stages.evaluate.train import train_students
+from stages.evaluate.validate import ValidateStage, read_results, validate_students
 from stages.recover import stage as recovery
 from stages.recover.unit import RecoverUnit
 from stages.relabel import stage as relabelling
@@ -72,18 +73,23 @@ class Run:
         return plan_units(self.config.recover.ipc * self.ready.data.num_classes, self.config.relabel)
 
     @cached_property
-    def identity(self) -> str:
-        """Hash of what images and labels are made from: configuration, data, teachers' weights, torch threads.
+    def image_identity(self) -> str:
+        """Hash of what images are made from: configuration, data, teachers' weights, torch threads.
 
         Known once the teachers are there; a shard of another identity is redone.
         """
-        resources = self.config.resources
         content = {
             "config": self.config.sha256(),
             "data": self.ready.train.fingerprint,
             "teachers": {name: self.card(name).sha256 for name in self.config.teachers},
-            "threads": [resources.recover.threads, resources.relabel.threads],
+            "threads": self.config.resources.recover.threads,
         }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def label_identity(self) -> str:
+        """The same of labels."""
+        content = {"images": self.image_identity, "threads": self.config.resources.relabel.threads}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def card(self, name: str) -> TeacherCard:
@@ -198,22 +204,43 @@ def warn_of_guessing(run: Run) -> None:
             )
 
 
+def recover_stages(run: Run, identity: str) -> list[ActorStage]:
+    """The stages of recover; ``identity`` is the images'."""
+    config = run.config
+    return [
+        recovery.recover_stage(
+            run.out,
+            run.ready.train.uri,
+            run.teachers,
+            run.ready.data,
+            config.recover,
+            identity,
+            config.resources.recover,
+        )
+    ]
+
+
 def recover(run: Run) -> None:
     """Optimise every unit that is not committed."""
-    config, data = run.config, run.ready.data
     save_plan(run.out, run.units)
     units = run.sourced_units
-    pending = [u for u in units if not recovery.is_committed(run.out, u, run.identity)]
-    stage = recovery.recover_stage(
-        run.out,
-        run.ready.train.uri,
+    pending = [u for u in units if not recovery.is_committed(run.out, u, run.image_identity)]
+    run.drive("recover", recovery.recover_rows(pending), recover_stages(run, run.image_identity), "units", len(units))
+
+
+def relabel_stages(run: Run, name: str, identity: str) -> list[ActorStage]:
+    """The stages that label an image set; ``identity`` is the labels'."""
+    config = run.config
+    return relabelling.relabel_stages(
+        run.labels_uri(name),
+        run.images_uri(name),
         run.teachers,
-        data,
-        config.recover,
-        run.identity,
-        config.resources.recover,
+        run.ready.data,
+        config.relabel,
+        config.seed,
+        identity,
+        config.resources.relabel,
     )
-    run.drive("recover", recovery.recover_rows(pending), [stage], "units", len(units))
 
 
 def relabel(run: Run) -> None:
@@ -233,18 +260,9 @@ def relabel(run: Run) -> None:
         raise_failures("random_real", rows)
     for name in run.image_sets:
         labels = run.labels_uri(name)
-        pending = [u for u in units if not relabelling.is_committed(labels, u, run.identity)]
-        stages = relabelling.relabel_stages(
-            labels,
-            run.images_uri(name),
-            run.teachers,
-            data,
-            config.relabel,
-            config.seed,
-            run.identity,
-            config.resources.relabel,
-        )
+        pending = [u for u in units if not relabelling.is_committed(labels, u, run.label_identity)]
         title = "relabel" if name == DISTILLED else "  baseline"
+        stages = relabel_stages(run, name, run.label_identity)
         run.drive(title, relabelling.relabel_rows(pending), stages, "shards", len(units))
 
 
@@ -267,7 +285,7 @@ def jobs_of(run: Run) -> list[StudentJob]:
             labels_uri=run.labels_uri(images),
             epochs=config.relabel.epochs,
             ipc=config.recover.ipc,
-            inputs_sha=f"{run.identity}-{run.ready.val.fingerprint}",
+            inputs_sha=f"{run.label_identity}-{run.ready.val.fingerprint}",
         )
     ]
 
@@ -288,14 +306,14 @@ def _check_complete(run: Run) -> None:
     Raises:
         UserError: says what is missing.
     """
-    missing = sum(not recovery.is_committed(run.out, u, run.identity) for u in run.sourced_units)
+    missing = sum(not recovery.is_committed(run.out, u, run.image_identity) for u in run.sourced_units)
     if missing:
         raise UserError(
             f"out: {run.out} lacks {missing} of {len(run.units)} recovered units; run `prism recover` first"
         )
     for name in run.image_sets:
         units = run.label_units
-        missing = sum(not relabelling.is_committed(run.labels_uri(name), u, run.identity) for u in units)
+        missing = sum(not relabelling.is_committed(run.labels_uri(name), u, run.label_identity) for u in units)
         if missing:
             raise UserError(
                 f"out: {run.labels_uri(name)} lacks {missing} of {len(units)} label shards; run `prism relabel` first"
@@ -320,7 +338,7 @@ def report(run: Run) -> dict[str, Any]:
     attempts = [
         record.get("attempt", 1) for record in read_progress(storage.join(run.out, "progress", "recover")).values()
     ]
-    done = sum(recovery.is_committed(run.out, u, run.identity) for u in run.sourced_units)
+    done = sum(recovery.is_committed(run.out, u, run.image_identity) for u in run.sourced_units)
     summary = write_summary(
         config,
         read_results(run.out, jobs_of(run)),
@@ -338,6 +356,30 @@ STAGES: dict[str, Callable[[Run], object]] = {
     "evaluate": evaluate,
     "report": report,
 }
+
+
+def check_fit(run: Run, names: Sequence[str]) -> None:
+    """Every stage fits the running cluster; said before the first of them works for hours.
+
+    Args:
+        run: whose resources are looked at.
+        names: of the stages that will run.
+
+    Raises:
+        UserError: names the resources.
+    """
+    from cluster.training import settle
+
+    resources = run.config.resources
+    if "squeeze" in names:
+        settle(resources.squeeze, len(run.config.teachers), "resources.squeeze")
+    if "recover" in names:
+        fit_pools(recover_stages(run, ""), len(run.units))
+    if "relabel" in names:
+        fit_pools(relabel_stages(run, DISTILLED, ""), len(run.label_units))
+    if "evaluate" in names:
+        settle(resources.evaluate, len(run.config.evaluate.students), "resources.evaluate")
+        fit_pools([ActorStage("validate", ValidateStage, resources=resources.validate_)], run.ready.val.num_images)
 
 
 def absolute(config: Config) -> Config:
@@ -406,6 +448,8 @@ def execute(config: Config, stages: Sequence[str] | None = None, *, serial: bool
     rundir.claim(config, ready.fingerprints)
     run = Run(config, ready, run_serial if serial else run_ray, serial)
     with contextlib.nullcontext() if serial else ray_session(config.resources.session):
+        if not serial:
+            check_fit(run, names)
         for name in names:
             with rundir.timed(config.out, name):
                 STAGES[name](run)

@@ -146,6 +146,16 @@ def test_ray_gives_the_serial_bytes(prism, config, serial_run, tmp_path, ray_loc
     assert images_and_labels(out) == images_and_labels(serial_run[0])
 
 
+@pytest.mark.ray
+def test_a_later_stage_that_cannot_fit_is_refused_before_the_first(prism, config, tmp_path, ray_local):
+    out = tmp_path / "out"
+    code, _, err = prism("run", config(out, resources={"relabel": {"cpus": 2}}))
+    assert code == 2
+    assert "relabel-res, relabel-conv" in err
+    assert "ask for 4" in err
+    assert not (out / "teachers").exists()
+
+
 def start(stage: str, path: Path, **options) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "pipeline", stage, str(path)],

@@ -28,9 +28,9 @@ from stages.evaluate.core import new_student
 from stages.evaluate.diversity import class_cosine
 from stages.evaluate.jobs import StudentJob, plan_jobs
 from stages.evaluate.options import EvaluateOptions, Protocol
-from stages.evaluate.stage import train_students, validate_students
 from stages.evaluate.store import StudentStore
-from stages.evaluate.validate import count_correct
+from stages.evaluate.train import train_students
+from stages.evaluate.validate import count_correct, validate_students
 from stages.images import to_pixels
 from stages.imageset import load_image_set
 from stages.relabel.options import RelabelOptions
