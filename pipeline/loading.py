@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import importlib.resources
+import json
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -56,7 +58,7 @@ _UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG,
 # YAML 1.1 reads 1e-3 as text; everybody means the number.
 _UniqueKeyLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    __import__("re").compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),
 )
 
@@ -163,7 +165,8 @@ def resolve(value: dict[str, Any]) -> Config:
         if isinstance(node, dict) and isinstance(node.get(key), list):
             merged[section] = {**node, key: _expand(node[key], teachers)}
     try:
-        return Config.model_validate(merged)
+        # As JSON, where lists may become tuples although `strict` refuses "10", 10.0 and true for a number of steps.
+        return Config.model_validate_json(json.dumps(merged, default=str), strict=True)
     except ValidationError as error:
         raise UserError("\n".join(dict.fromkeys(_sentence(e) for e in error.errors()))) from None
 
@@ -245,7 +248,9 @@ def _field_names(location: Sequence[int | str]) -> list[str]:
 
 
 def _sentence(error: Any) -> str:
-    location = [p for p in error["loc"] if not str(p).startswith(("function-", "tuple", "list", "constrained"))]
+    # Without pydantic's own words for the branch of a union, such as `tuple[int, int]`.
+    location = [p for p in error["loc"] if not str(p).endswith("]")]
+    location = location[:-1] if location[-1:] == ["int"] else location
     field, kind, given = ".".join(map(str, location)), error["type"], error["input"]
     context = error.get("ctx", {})
     if kind == "extra_forbidden":
@@ -263,5 +268,5 @@ def _sentence(error: Any) -> str:
         fields = ", ".join(_field_names([*location, ""]))
         what = "a section; its fields: " if kind == "model_type" else "a section of names, each with: "
         return f"{field}: {given!r} is given, but it must be {what}{fields}"
-    wanted = error["msg"].removeprefix("Input should be ")
+    wanted = error["msg"].removeprefix("Input should be ").replace("array", "list")
     return f"{field}: {given!r} is given, but it must be {wanted.split(', unable')[0]}"

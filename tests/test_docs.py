@@ -23,6 +23,7 @@ from cluster.errors import UserError
 from pipeline.cli import app
 from pipeline.config import Config
 from pipeline.loading import RESERVED, apply_overrides, merge, parse_yaml, recipe_names, resolve
+from pipeline.starter import STARTER
 from stages.images import encode_png
 from stages.relabel.options import RelabelOptions
 from stages.relabel.store import write_labels
@@ -197,6 +198,19 @@ def test_overrides_resolve(path):
         overrides = [w for w in words[1:] if "=" in w and not w.startswith(("--", "[", "key="))]
         if overrides:
             assert resolve(apply_overrides(example, overrides)).out
+
+
+def test_the_comparison_of_methods_is_fair():
+    """The two commands give students of the same protocol labels of the same kind."""
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    shown = [words for words in calls(text[text.index("**Comparing methods.**") :]) if words[0] == "run"]
+    one, other = (
+        resolve(apply_overrides(parse_yaml(STARTER, "prism.yaml"), [w for w in words if "=" in w]))
+        for words in shown[:2]
+    )
+    assert (one.recipe, other.recipe) == ("prism", "sre2l")
+    assert (one.relabel, one.evaluate, one.teachers) == (other.relabel, other.evaluate, other.teachers)
+    assert one.recover.init == other.recover.init == "real"
 
 
 def test_wrong_override_would_be_seen():
