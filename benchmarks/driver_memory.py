@@ -25,6 +25,7 @@ from cluster.shards import labels_of, load_dataset
 from pipeline.loading import resolve
 from pipeline.plan import make_plan, with_sources
 from stages.data import DataSpec
+from stages.importing.detect import open_source
 from stages.importing.run import import_dataset
 from stages.recover.stage import recover_rows, recover_stage
 from stages.teachers.build import build_network
@@ -48,7 +49,7 @@ def main(units: int) -> None:
                 for i in range(count):
                     pixels = rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)
                     Image.fromarray(pixels).save(root / "tree" / split / name / f"{i:05d}.png")
-        import_dataset(str(root / "tree"), str(root / "data"), runner=run_serial)
+        import_dataset(open_source(str(root / "tree")), str(root / "data"), runner=run_serial)
         config = resolve(
             {
                 "out": str(root / "out"),

@@ -1,4 +1,6 @@
-"""Errors that reach the user as one sentence."""
+"""Errors that reach the user as one sentence, and what such sentences need."""
+
+from collections.abc import Sequence
 
 
 class PrismError(Exception):
@@ -17,3 +19,14 @@ class RunError(PrismError):
     """Something failed while running; finished work is kept and re-running resumes. Exit code 1."""
 
     exit_code = 1
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first few of many names, for a sentence."""
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's exception says, without the pages that may follow; its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else type(error).__name__

@@ -30,7 +30,7 @@ def run_import(src: str, dst: str, *, format: str, strict: bool, dry_run: bool) 
         storage.check_writable(dst, "DST")
         return
     with ray_session(SessionOptions()), StageProgress("import", total, "images") as progress:
-        report = import_dataset(src, dst, format=format, strict=strict, on_progress=lambda done, _: progress.set(done))
+        report = import_dataset(source, dst, strict=strict, on_progress=lambda done, _: progress.set(done))
         if report.already_done:
             progress.set(total, "already done")
     _print(report)

@@ -6,7 +6,7 @@ import itertools
 from dataclasses import dataclass
 
 from cluster import storage
-from cluster.errors import UserError
+from cluster.errors import UserError, some
 from cluster.shards import Dataset, load_dataset
 from pipeline import rundir
 from pipeline.config import Config
@@ -110,13 +110,13 @@ def check_data(config: Config) -> tuple[Dataset, Dataset, DataSpec]:
     train, val = _open(wanted.train, "data.train"), _open(wanted.val, "data.val")
     if train.class_names != val.class_names:
         raise UserError(
-            f"data.val: its classes {_some(val.class_names)} are not those of data.train {_some(train.class_names)} in "
-            "the same order; import both splits together"
+            f"data.val: its classes [{some(val.class_names)}] are not those of data.train "
+            f"[{some(train.class_names)}] in the same order; import both splits together"
         )
     if wanted.class_names is not None and wanted.class_names != train.class_names:
         raise UserError(
-            f"data.class_names: {_some(wanted.class_names)} is not the data's class order {_some(train.class_names)}; "
-            "correct or remove the field"
+            f"data.class_names: [{some(wanted.class_names)}] is not the data's class order "
+            f"[{some(train.class_names)}]; correct or remove the field"
         )
     if wanted.num_classes is not None and wanted.num_classes != len(train.class_names):
         raise UserError(
@@ -228,7 +228,3 @@ def preflight(config: Config) -> Ready:
     check_teachers(config.out, config.teachers, data, train.fingerprint, config.squeeze, config.seed)
     storage.check_writable(config.out, "out")
     return ready
-
-
-def _some(names: list[str]) -> str:
-    return "[" + ", ".join(names[:4]) + (", …]" if len(names) > 4 else "]")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,6 +32,7 @@ from stages.recover.unit import RecoverUnit
 from stages.relabel import stage as relabelling
 from stages.relabel.unit import LabelUnit, plan_units
 from stages.squeeze.stage import squeeze_teachers
+from stages.teachers.accuracy import guesses
 from stages.teachers.card import TeacherCard, read_card
 from stages.teachers.options import NetworkSpec, TeacherSpec
 from stages.teachers.teacher import PRETRAINED
@@ -190,13 +190,9 @@ def squeeze(run: Run) -> None:
 
 def warn_of_guessing(run: Run) -> None:
     """Say which trained teachers are no better than chance; given ones were refused."""
-    chance = 1 / run.ready.data.num_classes
     for name in run.config.teachers:
         card = run.card(name)
-        # Two standard errors above guessing: less cannot be told from it.
-        if card.val_top1 is not None and card.val_top1 <= chance + 2 * math.sqrt(
-            chance * (1 - chance) / card.val_images
-        ):
+        if card.val_top1 is not None and guesses(card.val_top1, card.val_images, run.ready.data.num_classes):
             console.print(
                 f"warning: teachers.{name}: top-1 on the validation data is {100 * card.val_top1:.1f} %, no better "
                 "than guessing; more squeeze.epochs or another squeeze.lr may help",

@@ -37,15 +37,16 @@ def load_image_set(uri: str, data: DataSpec) -> ImageSet:
     Raises:
         RunError: image ids are not exactly 0 … N−1.
     """
-    ids: list[int] = []
-    pixels: list[np.ndarray] = []
-    labels: list[int] = []
-    for name in storage.list_files(uri, ".parquet"):
-        table = shards.read_shard(storage.join(uri, name), ["image", "label", "image_id"])
-        ids += table["image_id"].to_pylist()
-        labels += table["label"].to_pylist()
-        pixels += [to_pixels(row["bytes"], data.image_size, data.channels) for row in table["image"].to_pylist()]
-    order = np.argsort(ids, kind="stable")
-    if not np.array_equal(np.asarray(ids)[order], np.arange(len(ids))) or not ids:
+    files = [storage.join(uri, name) for name in storage.list_files(uri, ".parquet")]
+    ids = [i for file in files for i in shards.read_shard(file, ["image_id"])["image_id"].to_pylist()]
+    if sorted(ids) != list(range(len(ids))) or not ids:
         raise RunError(f"{uri}: images are missing or doubled ({len(ids)} found); run the recover stage again")
-    return ImageSet(torch.from_numpy(np.stack(pixels)[order]), torch.tensor(labels)[torch.from_numpy(order)])
+    # Filled in place: a large set fits the memory once, not several times.
+    images = np.empty((len(ids), data.channels, data.image_size, data.image_size), np.uint8)
+    labels = np.empty(len(ids), np.int64)
+    for file in files:
+        table = shards.read_shard(file, ["image", "label", "image_id"])
+        for image, label, index in zip(table["image"], table["label"], table["image_id"], strict=True):
+            images[index.as_py()] = to_pixels(image["bytes"].as_py(), data.image_size, data.channels)
+            labels[index.as_py()] = label.as_py()
+    return ImageSet(torch.from_numpy(images), torch.from_numpy(labels))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import get_args
 
+from cluster import storage
 from cluster.errors import UserError
 from stages.importing import cifar, idx, imagefolder, parquet
 from stages.importing.source import Format, Reader, Source, list_tree
@@ -30,13 +31,19 @@ _READER: dict[Format, Callable[[str], Reader]] = {
 
 
 def open_source(uri: str, format: str = "auto") -> Source:
-    """List a source and its labels; the format is the given one or the first that fits.
+    """List a source and its labels.
+
+    Args:
+        uri: folder, local or ``s3://``: class folders, CIFAR python batches, IDX files or Parquet.
+        format: ``imagefolder``, ``cifar``, ``idx`` or ``parquet``; ``auto``: the first that fits.
 
     Raises:
         UserError: unknown format, nothing there, no format fits, or the data contradict themselves.
     """
     if format not in ("auto", *get_args(Format)):
         raise UserError(f"--format: {format!r} is unknown; choose auto, {', '.join(get_args(Format))}")
+    # Workers may have another working directory.
+    uri = storage.resolve(uri)[1] if storage.is_local(uri) else uri
     files = list_tree(uri)
     if not files:
         raise UserError(f"SRC: {uri} is empty; give the folder that holds the images")

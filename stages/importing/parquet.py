@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from cluster import storage
 from cluster.errors import UserError
-from stages.importing.source import TRAIN_NAMES, VAL_NAMES, Reader, Source, by_class, find_split, make_source
+from stages.importing.source import TRAIN_NAMES, VAL_NAMES, Reader, Source, Split, find_split, make_source
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
@@ -63,7 +63,8 @@ def scan(uri: str, files: dict[str, int]) -> Source:
             if unknown:
                 raise UserError(f"SRC: {split} of {uri} has images of class {unknown[0]}, which train has not")
             labels = [numbers.index(y) for y in labels]
-        splits.append(by_class(split, keys, labels))
+        # In the order of the source: sorted by class, every shard would read a few rows of every row group.
+        splits.append(Split(split, keys, labels))
     names_or_numbers = class_names or [str(n) for n in numbers]
     return make_source(uri, "parquet", names_or_numbers, splits, used, ignored=len(files) - len(used))
 

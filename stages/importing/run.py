@@ -14,7 +14,6 @@ from cluster.errors import RunError, UserError
 from cluster.runner import Row, Runner, failures, run_ray
 from stages.importing.core import ShardRecord
 from stages.importing.describe import WrittenShard, describe_dataset
-from stages.importing.detect import open_source
 from stages.importing.source import Source
 from stages.importing.stage import import_rows, import_stage, shard_name
 
@@ -68,10 +67,9 @@ class ImportReport:
 
 
 def import_dataset(
-    src: str,
+    source: Source,
     dst: str,
     *,
-    format: str = "auto",
     strict: bool = False,
     images_per_shard: int = 1000,
     runner: Runner = run_ray,
@@ -81,33 +79,31 @@ def import_dataset(
 
     The training split becomes the dataset ``DST/train``, the validation split (``val``, ``validation``,
     ``valid`` or ``test``), where there is one, ``DST/val``. Both have the same classes in the same order:
-    that of sorted folder names, or that of the source's own metadata (CIFAR, Parquet). Images are sorted by
-    class, then by name (files) or source order (the rest), so "the i-th image of a class" means the same
+    that of sorted folder names, or that of the source's own metadata (CIFAR, Parquet). The images of a class stay
+    in the order of their names (files) or of the source (the rest), so "the i-th image of a class" means the same
     everywhere.
 
     An interrupted import goes on where it was; a finished one is left alone.
 
     Args:
-        src: folder, local or ``s3://``: class folders, CIFAR python batches, IDX files or Parquet.
+        source: what is imported.
         dst: folder to fill, local or ``s3://``.
-        format: ``auto``, ``imagefolder``, ``cifar``, ``idx`` or ``parquet``.
         strict: refuse data with corrupt images, and leave nothing behind.
         images_per_shard: rows of a shard.
         runner: ``run_ray`` (needs a session) or ``run_serial``; the bytes are the same.
         on_progress: called with (finished, all) images.
 
     Raises:
-        UserError: nothing usable at ``src``, ``dst`` unwritable or in use for other data, or corrupt images
-            where ``strict``.
+        UserError: ``dst`` unwritable or in use for other data, or corrupt images where ``strict``.
         RunError: a shard could not be made; the same call resumes.
     """
     start = time.monotonic()
     # Workers may have another working directory.
-    src, dst = _absolute(src), _absolute(dst)
+    dst = storage.resolve(dst)[1] if storage.is_local(dst) else dst
+    src = source.uri
     storage.check_writable(dst, "DST")
     if f"{dst.rstrip('/')}/".startswith(f"{src.rstrip('/')}/"):
         raise UserError(f"DST: {dst} lies within SRC ({src}); choose a folder outside")
-    source = open_source(src, format)
     digest = hashlib.sha256(f"{source.digest}:{images_per_shard}".encode()).hexdigest()
 
     done = _earlier_report(source, dst, digest)
@@ -205,7 +201,3 @@ def _corrupt_error(source: Source, corrupt: list[tuple[str, str]]) -> UserError:
         f"SRC: {len(corrupt)} of {total} images of {source.uri} are corrupt, the first is {name} ({reason}); "
         "repair or remove them"
     )
-
-
-def _absolute(uri: str) -> str:
-    return storage.resolve(uri)[1] if storage.is_local(uri) else uri

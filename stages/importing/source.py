@@ -13,7 +13,7 @@ from typing import Literal
 from fsspec.implementations.local import LocalFileSystem
 
 from cluster import storage
-from cluster.errors import UserError
+from cluster.errors import UserError, some
 
 Format = Literal["imagefolder", "cifar", "idx", "parquet"]
 
@@ -34,8 +34,8 @@ class Split:
 
     Attributes:
         name: ``train`` or ``val``.
-        keys: one image each, relative to the source; sorted by class, then in the source's own order (that of
-            the names for files).
+        keys: one image each, relative to the source; sorted by class where that costs nothing, then in the source's
+            own order (that of the names for files).
         labels: of ``keys``, positions in the class names.
     """
 
@@ -98,13 +98,13 @@ def make_source(
             "the classes, or hold train and val"
         )
     if len(set(class_names)) < len(class_names):
-        raise UserError(f"SRC: {uri} names a class twice ({_some(sorted(class_names))}); make the class names unique")
+        raise UserError(f"SRC: {uri} names a class twice ({some(sorted(class_names))}); make the class names unique")
     for split in splits:
         missing = [class_names[i] for i in sorted(set(range(len(class_names))) - set(split.labels))]
         if missing:
             raise UserError(
                 f"SRC: the {split.name} split of {uri} has no images of {len(missing)} of {len(class_names)} "
-                f"classes ({_some(missing)}); add them, or remove those classes or the split"
+                f"classes ({some(missing)}); add them, or remove those classes or the split"
             )
     digest = hashlib.sha256(
         json.dumps([format, class_names, [[s.name, s.keys, s.labels] for s in splits], sorted(sizes.items())]).encode()
@@ -165,7 +165,3 @@ def read_file(uri: str, name: str) -> bytes:
         return storage.read_bytes(storage.join(uri, name))
     except OSError as error:
         raise UserError(f"SRC: {posixpath.join(uri, name)} cannot be read ({error.strerror or error})") from None
-
-
-def _some(names: list[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (", …" if len(names) > limit else "")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -31,7 +30,7 @@ from stages.squeeze.jobs import (
     teacher_folder,
 )
 from stages.squeeze.options import SqueezeOptions
-from stages.teachers.accuracy import Accuracy, top1
+from stages.teachers.accuracy import Accuracy, guesses, top1
 from stages.teachers.card import read_card
 from stages.teachers.options import TeacherSpec
 from stages.teachers.teacher import Teacher, fresh_teacher, load_teacher
@@ -233,13 +232,11 @@ def _refuse_guessing(name: str, found: Accuracy, num_classes: int) -> None:
     Raises:
         UserError: its accuracy cannot be told from chance.
     """
-    chance = 1 / num_classes
-    # Two standard errors above guessing: less cannot be told from it.
-    if found.top1 <= chance + 2 * math.sqrt(chance * (1 - chance) / found.images):
+    if guesses(found.top1, found.images, num_classes):
         raise UserError(
             f"teachers.{name}: top-1 on the validation data is {100 * found.top1:.1f} %, no better than guessing "
-            f"({100 * chance:.1f} %); check its weights, mean and std, input_size and the order of its classes, and "
-            "run with another out"
+            f"({100 / num_classes:.1f} %); check its weights, mean and std, input_size and the order of its classes, "
+            "and run with another out"
         )
 
 

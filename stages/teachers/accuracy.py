@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -27,6 +28,12 @@ class Accuracy:
     top1: float
     top1_all: float
     images: int
+
+
+def guesses(top1: float, images: int, num_classes: int) -> bool:
+    """Whether an accuracy cannot be told from chance: it is less than two standard errors above it."""
+    chance = 1 / num_classes
+    return top1 <= chance + 2 * math.sqrt(chance * (1 - chance) / images)
 
 
 def count_right(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cluster.errors import UserError
+from cluster.errors import UserError, first_line
 from stages.teachers.arch import split_arch
 from stages.teachers.networks import NETWORKS
 from stages.teachers.options import NetworkSpec
@@ -81,7 +81,7 @@ def build_network(spec: NetworkSpec, num_classes: int, channels: int, seed: int 
             raise
         except Exception as error:
             raise UserError(
-                f"arch: {spec.arch!r} could not be built with {_arguments(kwargs)} ({_reason(error)}); "
+                f"arch: {spec.arch!r} could not be built with {_arguments(kwargs)} ({first_line(error)}); "
                 "correct its kwargs"
             ) from None
     if not isinstance(network, nn.Module):
@@ -141,7 +141,8 @@ def _user(arch: str, name: str) -> Callable[..., Any]:
         module = _module_of_file(Path(where).expanduser()) if where.endswith(".py") else importlib.import_module(where)
     except Exception as error:
         raise UserError(
-            f"arch: {arch!r}: {where} could not be imported ({_reason(error)}); it must be importable on every machine"
+            f"arch: {arch!r}: {where} could not be imported ({first_line(error)}); "
+            "it must be importable on every machine"
         ) from None
     factory = getattr(module, function, None)
     if not callable(factory):
@@ -182,8 +183,3 @@ def _nearest(name: str, names: Iterable[str]) -> str:
 
 def _arguments(kwargs: dict[str, Any]) -> str:
     return ", ".join(f"{key}={value!r}" for key, value in kwargs.items())
-
-
-def _reason(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cluster.errors import UserError
+from cluster.errors import UserError, first_line
 from stages.teachers.build import bn_layers, build_network
 from stages.teachers.options import NetworkSpec
 
@@ -68,7 +68,7 @@ def describe_network(
             logits = network(torch.zeros(2, channels, image_size, image_size, device="meta"))
     except Exception as error:
         raise UserError(
-            f"{field}: {spec.arch} does not accept {channels}×{image_size}×{image_size} images ({_first_line(error)}); "
+            f"{field}: {spec.arch} does not accept {channels}×{image_size}×{image_size} images ({first_line(error)}); "
             "choose another architecture, its kwargs, or input_size"
         ) from None
     if not isinstance(logits, Tensor):
@@ -87,7 +87,3 @@ def describe_network(
         bn_channels=[layer.num_features for layer in layers],
         bn_repeated=[name for name, layer in network.named_modules() if runs.get(layer, 0) > 1],
     )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:160] or type(error).__name__

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cluster import storage
-from cluster.errors import UserError
+from cluster.errors import UserError, first_line, some
 from stages.teachers.options import KeyMap
 
 # What torch.save writes: a zip archive, before torch 1.6 a bare pickle.
@@ -67,7 +67,7 @@ def parse_state(content: bytes, what: str) -> dict[str, Any]:
             "you trust it and save the network's state_dict again with safetensors.torch.save_file"
         ) from None
     except Exception as error:
-        raise UserError(f"{what}: damaged torch file ({_first_line(error)}); copy or download it again") from None
+        raise UserError(f"{what}: damaged torch file ({first_line(error)}); copy or download it again") from None
     if not isinstance(state, dict):
         raise UserError(f"{what}: holds a {type(state).__name__}, not a state dict; save model.state_dict()")
     return state
@@ -95,7 +95,7 @@ def apply_weights(model: nn.Module, state: Mapping[str, Any], key_map: KeyMap, w
         if k in tensors and tensors[k].shape != expected[k].shape
     ]
     problems = [
-        f"{len(found)} {kind} ({_some(found)})"
+        f"{len(found)} {kind} ({some(found)})"
         for kind, found in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
         if found
     ]
@@ -113,12 +113,12 @@ def _select(state: Mapping[str, Any], key_map: KeyMap, what: str) -> Mapping[str
         if not isinstance(state.get(key_map.state_key), Mapping):
             raise UserError(
                 f"{what}: key_map.state_key = {key_map.state_key!r} is no state dict of the file, which holds "
-                f"{_some(list(state))}"
+                f"{some(list(state))}"
             )
         return state[key_map.state_key]
     nested = [k for k, v in state.items() if isinstance(v, Mapping)]
     if nested:
-        raise UserError(f"{what}: the file holds {_some(nested)}, not tensors alone; name one with key_map.state_key")
+        raise UserError(f"{what}: the file holds {some(nested)}, not tensors alone; name one with key_map.state_key")
     return state
 
 
@@ -156,11 +156,3 @@ def save_weights(uri: str, state: Mapping[str, Tensor]) -> bytes:
     content = safetensors.torch.save({k: v.detach().cpu().clone().contiguous() for k, v in state.items()})
     storage.write_bytes(uri, content)
     return content
-
-
-def _some(names: list[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

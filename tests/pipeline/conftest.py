@@ -29,11 +29,12 @@ def write_tree(root: Path, classes: list[str], per_class: dict[str, int], size: 
 def tiny_data(tmp_path_factory) -> Path:
     """Three classes, 24 + 8 images of 16 px each, imported."""
     from cluster.runner import run_serial
+    from stages.importing.detect import open_source
     from stages.importing.run import import_dataset
 
     root = tmp_path_factory.mktemp("tiny")
     write_tree(root / "tree", ["ant", "bee", "cat"], {"train": 24, "val": 8})
-    import_dataset(str(root / "tree"), str(root / "data"), runner=run_serial)
+    import_dataset(open_source(str(root / "tree")), str(root / "data"), runner=run_serial)
     return root / "data"
 
 

@@ -12,6 +12,7 @@ from cluster import shards
 from cluster.runner import run_serial
 from stages.images import to_pixels
 from stages.importing import import_dataset
+from stages.importing.detect import open_source
 
 
 def encoded(pixels: np.ndarray, form: str = "PNG", **options) -> bytes:
@@ -28,7 +29,8 @@ def random_images(count: int, size: int = 32, seed: int = 0) -> np.ndarray:
 
 
 def do_import(src: Path | str, dst: Path | str, **options):
-    return import_dataset(str(src), str(dst), runner=run_serial, **options)
+    source = open_source(str(src), options.pop("format", "auto"))
+    return import_dataset(source, str(dst), runner=run_serial, **options)
 
 
 def rows_of(uri: Path | str) -> list[dict]:

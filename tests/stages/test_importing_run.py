@@ -16,6 +16,7 @@ from cluster import shards, storage
 from cluster.errors import RunError, UserError
 from cluster.runner import run_ray, run_serial
 from stages.importing import import_dataset, stage
+from stages.importing.detect import open_source
 
 
 def encoded(value: int, form: str = "PNG", size: int = 16) -> bytes:
@@ -50,7 +51,7 @@ def damaged(tree) -> Path:
 
 
 def serial(src: Path | str, dst: Path | str, **options):
-    return import_dataset(str(src), str(dst), runner=run_serial, **options)
+    return import_dataset(open_source(str(src)), str(dst), runner=run_serial, **options)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -260,7 +261,7 @@ def test_from_and_to_s3_gives_the_same_bytes(damaged, tmp_path, s3_server):
 @pytest.mark.ray
 def test_ray_gives_the_bytes_of_the_serial_runner(damaged, tmp_path, ray_local):
     one = serial(damaged, tmp_path / "one", images_per_shard=4)
-    two = import_dataset(str(damaged), str(tmp_path / "two"), images_per_shard=4, runner=run_ray)
+    two = import_dataset(open_source(str(damaged)), str(tmp_path / "two"), images_per_shard=4, runner=run_ray)
     assert two.corrupt == one.corrupt
     for split in ("train", "val"):
         assert files(tmp_path / "one" / split) == files(tmp_path / "two" / split)
@@ -270,7 +271,7 @@ def test_ray_gives_the_bytes_of_the_serial_runner(damaged, tmp_path, ray_local):
 @pytest.mark.s3
 def test_ray_workers_reach_s3(tree, tmp_path, s3_server, ray_local):
     bucket = f"{s3_server}/{uuid.uuid4().hex}"
-    import_dataset(str(tree), f"{bucket}/dst", runner=run_ray)
+    import_dataset(open_source(str(tree)), f"{bucket}/dst", runner=run_ray)
     serial(tree, tmp_path / "dst")
     ours = shards.load_dataset(f"{bucket}/dst/train").fingerprint
     assert ours == shards.load_dataset(str(tmp_path / "dst" / "train")).fingerprint
