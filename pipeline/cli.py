@@ -105,11 +105,14 @@ def import_(
 
 
 @app.command()
-def init(directory: Annotated[str, typer.Argument(help="Where prism.yaml is written")]) -> None:
+def init(
+    directory: Annotated[str, typer.Argument(help="Where prism.yaml is written")], dry_run: DryRun = False
+) -> None:
     """Write a commented starter configuration."""
     from pipeline.starter import write_starter
 
-    console.print(f"wrote {write_starter(directory)}", soft_wrap=True)
+    where = write_starter(directory, dry_run=dry_run)
+    console.print(f"{'would write' if dry_run else 'wrote'} {where}", soft_wrap=True)
 
 
 @app.command()
@@ -121,14 +124,14 @@ def status(out: Annotated[str, typer.Argument(help="A run directory")]) -> None:
 
 
 @app.command()
-def report(out: Annotated[str, typer.Argument(help="A run directory")]) -> None:
+def report(out: Annotated[str, typer.Argument(help="A run directory")], dry_run: DryRun = False) -> None:
     """Write report.html again."""
     from pipeline.report import write_report
     from pipeline.rundir import read_run
 
     read_run(out)
-    write_report(out)
-    console.print(f"wrote {out}/report.html", soft_wrap=True)
+    where = write_report(out, dry_run=dry_run)
+    console.print(f"{'would write' if dry_run else 'wrote'} {where}", soft_wrap=True)
 
 
 def main() -> None:

@@ -31,10 +31,11 @@ MAX_LOSS_ROWS = 50
 Record = dict[str, Any]
 
 
-def write_report(out: str) -> None:
+def write_report(out: str, *, dry_run: bool = False) -> str:
     """Render ``OUT/report.html`` from ``summary.json``, ``run.yaml``, ``eval/``, ``recovered/``, ``init/``, cards.
 
-    Parts of a run that are not there (no students yet, noise as initial images) are left out of the page.
+    Parts of a run that are not there (no students yet, noise as initial images) are left out of the page. With
+    ``dry_run`` it is rendered and not written. Returns its path.
 
     Raises:
         UserError: ``out`` has no ``summary.json``.
@@ -70,7 +71,10 @@ def write_report(out: str) -> None:
         total_seconds=_duration(sum(summary["seconds"].values())),
         sizes=[(name, human(size)) for name, size in summary["bytes"].items()],
     )
-    storage.write_bytes(storage.join(out, REPORT_FILE), page.encode())
+    report = storage.join(out, REPORT_FILE)
+    if not dry_run:
+        storage.write_bytes(report, page.encode())
+    return report
 
 
 def _template() -> jinja2.Template:

@@ -46,8 +46,8 @@ evaluate:
 """
 
 
-def write_starter(directory: str) -> str:
-    """Write ``DIR/prism.yaml``; an existing one is kept.
+def write_starter(directory: str, *, dry_run: bool = False) -> str:
+    """Write ``DIR/prism.yaml``, or only check that it can be written; an existing one is kept. Returns its path.
 
     Raises:
         UserError: it exists, or ``directory`` is not writable.
@@ -56,5 +56,6 @@ def write_starter(directory: str) -> str:
     if storage.exists(where):
         raise UserError(f"{where}: exists already; choose another folder or edit it")
     storage.check_writable(directory, "DIR")
-    storage.write_bytes(where, STARTER.replace("PRISM_YAML", where).encode())
+    if not dry_run:
+        storage.write_bytes(where, STARTER.replace("PRISM_YAML", where).encode())
     return where

@@ -19,9 +19,14 @@ import yaml
 from cluster.progress import read_progress
 
 
+def shards_in(folder: Path) -> list[Path]:
+    """Committed ones: not what a killed writer left under a temporary name."""
+    return sorted(p for p in folder.glob("*.parquet") if not p.name.startswith("."))
+
+
 def digests(folder: Path) -> dict[str, str]:
     assert folder.is_dir()
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.glob("*.parquet"))}
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in shards_in(folder)}
 
 
 def images_and_labels(out: Path) -> dict[str, dict[str, str]]:
@@ -196,8 +201,8 @@ def test_sigkill_of_the_driver_then_the_same_command(prism, config, tmp_path):
     code, _, err = prism("squeeze", path, "--serial")
     assert code == 0, err
     for stage, folder, total in (("recover", "recovered", 6), ("relabel", "labels/distilled", 16)):
-        kill_when(start(stage, path), lambda folder=folder: len(list((cut / folder).glob("*.parquet"))) >= 2)
-        kept = {p: p.stat().st_mtime_ns for p in (cut / folder).glob("*.parquet")}
+        kill_when(start(stage, path), lambda folder=folder: len(shards_in(cut / folder)) >= 2)
+        kept = {p: p.stat().st_mtime_ns for p in shards_in(cut / folder)}
         assert 2 <= len(kept) < total
         again = start(stage, path)
         text = again.communicate(timeout=300)[0]
