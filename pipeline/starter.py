@@ -34,7 +34,7 @@ squeeze: {epochs: 10, batch: 64, lr: 0.05, crop_padding: 4, cache: runs/teachers
 
 recover:
   ipc: 10                  # distilled images per class
-  # r_bn: 1.0              # weight of the BatchNorm loss; the recipe has a value for your image_size
+  # r_bn: 10.0             # weight of the BatchNorm loss; the recipe has a value for your image_size
 
 relabel: {epochs: 100}     # label epochs = training epochs of the students
 
