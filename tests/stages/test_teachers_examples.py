@@ -125,15 +125,33 @@ def few_cifar(shared_data):
     return cifar(shared_data, 40)
 
 
+@pytest.fixture(scope="module")
+def all_imagenette(shared_data):
+    return imagenette(shared_data, None)
+
+
 @pytest.mark.slow
-def test_accuracies_of_the_readme(shared_data):
-    """The whole sets: the figures of the data's README."""
-    data, parts = imagenette(shared_data, None)
-    # MCUNet's figure hangs on how 224 px become 176 (59.4 % antialiased over 201 px, 61.7 % straight and without).
-    for name, expected, tolerance in (("mcunet", 0.624, 0.035), ("mobilenet", 0.372, 0.002)):
-        found = accuracy(name, shared_data, parts, data)
-        assert found.images == 1000
-        assert found.top1_all == pytest.approx(expected, abs=tolerance)
+def test_accuracy_of_mobilenet(shared_data, all_imagenette):
+    """The whole set: the figure of the data's README."""
+    data, parts = all_imagenette
+    found = accuracy("mobilenet", shared_data, parts, data)
+    assert found.images == 1000
+    assert found.top1_all == pytest.approx(0.372, abs=0.002)
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(
+    strict=True,
+    reason="59.4 % antialiased over 201 px as documented, against 62.4 % stated; the way to 176 px decides (nearest "
+    "neighbours 62.0, straight to 176 px 57.8 to 61.9), and which way that figure was measured is not known",
+)
+def test_accuracy_of_mcunet(shared_data, all_imagenette):
+    data, parts = all_imagenette
+    assert accuracy("mcunet", shared_data, parts, data).top1_all == pytest.approx(0.624, abs=0.005)
+
+
+@pytest.mark.slow
+def test_accuracies_of_the_cifar_resnets(shared_data):
     data, parts = cifar(shared_data, None)
     for depth, file, expected in ((20, "resnet20-12fca82f.th", 0.810), (56, "resnet56-4bfd9763.th", 0.832)):
         weights = str(shared_data / "checkpoints" / FOLDERS["resnet20"] / file)
