@@ -411,14 +411,19 @@ def test_ray_train_gives_the_serial_bytes(case, tmp_path, ray_local):
     case(tmp_path / "serial", teachers)
     case(tmp_path / "ray", teachers, serial=False)
     assert digests(tmp_path / "ray") == digests(tmp_path / "serial")
-    with pytest.raises(RunError, match=r"teachers\.bad.*lr"):
-        case(tmp_path / "bad", {"conv": CONV, "bad": RES.model_copy(update={"lr": 1e30})}, serial=False)
-    with pytest.raises(UserError, match=r"teachers\.none.*no such"):
-        case(tmp_path / "bad", {"none": RES.model_copy(update={"weights": "none.pt"})}, serial=False)
     # Two data-parallel workers: other bits, but a working teacher.
     resources = TrainResources(workers=2, threads=1, gpu=False)
     squeeze_teachers(str(tmp_path / "two"), {"res": RES}, case.data, case.train, case.val, OPTIONS, resources, 7)
     assert card(tmp_path / "two", "res").val_top1 > 0.2
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_errors_keep_their_words_through_ray_train(case, tmp_path, ray_local):
+    with pytest.raises(RunError, match=r"teachers\.bad.*lr"):
+        case(tmp_path, {"conv": CONV, "bad": RES.model_copy(update={"lr": 1e30})}, serial=False)
+    with pytest.raises(UserError, match=r"teachers\.none.*no such"):
+        case(tmp_path, {"none": RES.model_copy(update={"weights": "none.pt"})}, serial=False)
 
 
 @pytest.mark.ray
