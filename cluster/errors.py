@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+INTERRUPTED = "interrupted: what was finished is kept; run the same command again to resume"
+
 
 class PrismError(Exception):
     """Base of every error whose message is meant for the user."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -21,7 +22,7 @@ os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 import ray
 import ray.data
 
-from cluster.errors import RunError, UserError
+from cluster.errors import INTERRUPTED, RunError, UserError
 from cluster.resources import Frozen
 
 OBJECT_STORE_MIN = 128 * 2**20
@@ -96,6 +97,10 @@ def ray_session(options: SessionOptions) -> Iterator[None]:
     configure_data(options)
     try:
         yield
+    except KeyboardInterrupt:
+        # Here, for while trainers run in other threads Ray's shutdown may end the process on the spot.
+        print(INTERRUPTED, file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
     finally:
         if owned:
             ray.shutdown()

@@ -9,11 +9,11 @@ from typing import Annotated
 
 import typer
 
-from cluster.errors import PrismError, UserError
+from cluster.errors import INTERRUPTED, PrismError, UserError
 from cluster.progress import console
 
 # What Typer turns Ctrl-C into, without a word.
-INTERRUPTED = 128 + signal.SIGINT
+CTRL_C = 128 + signal.SIGINT
 
 app = typer.Typer(
     name="prism",
@@ -140,14 +140,14 @@ def main() -> None:
     logging.basicConfig(level=logging.ERROR, format="%(message)s")
     try:
         code = app(standalone_mode=False) or 0
-        if code == INTERRUPTED:
+        if code == CTRL_C:
             raise KeyboardInterrupt
     except PrismError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt:
-        print("interrupted: what was finished is kept; run the same command again to resume", file=sys.stderr)
+        print(INTERRUPTED, file=sys.stderr)
         code = 1
     except typer.Abort:
         code = 1
