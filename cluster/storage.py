@@ -26,6 +26,11 @@ def is_local(uri: str) -> bool:
     return urlsplit(uri).scheme in ("", "file")
 
 
+def absolute(uri: str) -> str:
+    """The same place for every process, whatever its working directory."""
+    return resolve(uri)[1] if is_local(uri) else uri
+
+
 def resolve(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """File system and path of a URI.
 

@@ -43,7 +43,7 @@ def open_source(uri: str, format: str = "auto") -> Source:
     if format not in ("auto", *get_args(Format)):
         raise UserError(f"--format: {format!r} is unknown; choose auto, {', '.join(get_args(Format))}")
     # Workers may have another working directory.
-    uri = storage.resolve(uri)[1] if storage.is_local(uri) else uri
+    uri = storage.absolute(uri)
     files = list_tree(uri)
     if not files:
         raise UserError(f"SRC: {uri} is empty; give the folder that holds the images")

@@ -99,7 +99,7 @@ def import_dataset(
     """
     start = time.monotonic()
     # Workers may have another working directory.
-    dst = storage.resolve(dst)[1] if storage.is_local(dst) else dst
+    dst = storage.absolute(dst)
     src = source.uri
     storage.check_writable(dst, "DST")
     if f"{dst.rstrip('/')}/".startswith(f"{src.rstrip('/')}/"):

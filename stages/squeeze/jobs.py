@@ -19,8 +19,8 @@ from stages.squeeze.options import SqueezeOptions
 from stages.teachers.accuracy import Accuracy
 from stages.teachers.arch import code_sha256, portable_arch
 from stages.teachers.card import CARD_FILE, WEIGHTS_FILE, TeacherCard, read_card, write_card
-from stages.teachers.options import TeacherSpec
-from stages.teachers.teacher import PRETRAINED, Teacher
+from stages.teachers.options import PRETRAINED, TeacherSpec
+from stages.teachers.teacher import Teacher
 from stages.teachers.weights import read_weights_bytes, save_weights
 
 # Origin of a teacher that was trained here.

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 from pathlib import Path
 
+from cluster import storage
 from cluster.errors import UserError
 
 SOURCES = ("builtin", "timm", "torchvision", "user")
@@ -24,6 +25,12 @@ def split_arch(arch: str) -> tuple[str, str]:
             "(builtin:resnet18, timm:resnet18, torchvision:resnet18, user:package.module:factory)"
         )
     return source, name
+
+
+def absolute_arch(arch: str) -> str:
+    """An architecture's name with the full path of a user's file."""
+    where, _, factory = arch.removeprefix("user:").rpartition(":")
+    return f"user:{storage.absolute(where)}:{factory}" if arch.startswith("user:") and where.endswith(".py") else arch
 
 
 def portable_arch(arch: str) -> str:

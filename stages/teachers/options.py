@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from cluster.resources import Frozen
 
+# Weights of the library that names the architecture.
+PRETRAINED = "pretrained"
+
 
 class KeyMap(Frozen):
     """How foreign weight names become this architecture's.

@@ -12,11 +12,9 @@ from cluster.errors import UserError
 from stages.data import DataSpec
 from stages.teachers.build import bn_layers, build_network
 from stages.teachers.card import TeacherCard, card_beside
-from stages.teachers.options import TeacherSpec
+from stages.teachers.options import PRETRAINED, TeacherSpec
 from stages.teachers.pretrained import Pretrained, load_pretrained
 from stages.teachers.weights import apply_weights, load_state
-
-PRETRAINED = "pretrained"
 
 
 class Teacher(nn.Module):

@@ -7,7 +7,7 @@ import yaml
 
 from cluster.errors import UserError
 from pipeline.loading import apply_overrides, dump_yaml, load_config, parse_yaml, recipe_names, resolve
-from pipeline.run import absolute
+from pipeline.paths import absolute
 
 
 def minimal(**sections):

@@ -1,0 +1,206 @@
+"""What each stage of a run does, each skipping what is complete."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from cluster import storage
+from cluster.errors import UserError
+from cluster.progress import console, read_progress
+from cluster.runner import ActorStage, Row
+from pipeline.context import DISTILLED, RANDOM_REAL, Run, raise_failures
+from pipeline.plan import save_plan
+from pipeline.summary import write_summary
+from stages.evaluate.baselines import random_real, random_real_uri
+from stages.evaluate.diversity import diversity_stage
+from stages.evaluate.jobs import HARD_LABEL, StudentJob, plan_jobs
+from stages.evaluate.train import train_students
+from stages.evaluate.validate import read_results, validate_students
+from stages.recover import stage as recovery
+from stages.relabel import stage as relabelling
+from stages.squeeze.stage import squeeze_teachers
+from stages.teachers.accuracy import guesses
+
+
+def squeeze(run: Run) -> None:
+    """Teachers that are given are checked and copied, the others trained; each ends with a card."""
+    squeeze_teachers(
+        run.out,
+        run.config.teachers,
+        run.ready.data,
+        run.ready.train.uri,
+        run.ready.val.uri,
+        run.config.squeeze,
+        run.config.resources.squeeze,
+        run.config.seed,
+        serial=run.serial,
+    )
+    warn_of_guessing(run)
+
+
+def warn_of_guessing(run: Run) -> None:
+    """Say which trained teachers are no better than chance; given ones were refused."""
+    for name in run.config.teachers:
+        card = run.card(name)
+        if card.val_top1 is not None and guesses(card.val_top1, card.val_images, run.ready.data.num_classes):
+            console.print(
+                f"warning: teachers.{name}: top-1 on the validation data is {100 * card.val_top1:.1f} %, no better "
+                "than guessing; more squeeze.epochs or another squeeze.lr may help",
+                style="yellow",
+            )
+
+
+def recover_stages(run: Run, identity: str) -> list[ActorStage]:
+    """The stages of recover; ``identity`` is the images'."""
+    config = run.config
+    return [
+        recovery.recover_stage(
+            run.out,
+            run.ready.train.uri,
+            run.teachers,
+            run.ready.data,
+            config.recover,
+            identity,
+            config.resources.recover,
+        )
+    ]
+
+
+def recover(run: Run) -> None:
+    """Optimise every unit that is not committed."""
+    save_plan(run.out, run.units)
+    units = run.sourced_units
+    pending = [u for u in units if not recovery.is_committed(run.out, u, run.image_identity)]
+    run.drive("recover", recovery.recover_rows(pending), recover_stages(run, run.image_identity), "units", len(units))
+
+
+def relabel_stages(run: Run, name: str, identity: str) -> list[ActorStage]:
+    """The stages that label an image set; ``identity`` is the labels'."""
+    config = run.config
+    return relabelling.relabel_stages(
+        run.labels_uri(name),
+        run.images_uri(name),
+        run.teachers,
+        run.ready.data,
+        config.relabel,
+        config.seed,
+        identity,
+        config.resources.relabel,
+    )
+
+
+def relabel(run: Run) -> None:
+    """Label the views of the distilled images, and of the baseline's."""
+    config, data = run.config, run.ready.data
+    units = run.label_units
+    if RANDOM_REAL in run.image_sets:
+        rows = random_real(
+            run.out,
+            run.ready.train.uri,
+            data,
+            config.recover.ipc,
+            config.seed,
+            config.resources.relabel,
+            run.runner,
+        )
+        raise_failures("random_real", rows)
+    for name in run.image_sets:
+        labels = run.labels_uri(name)
+        pending = [u for u in units if not relabelling.is_committed(labels, u, run.label_identity)]
+        title = "relabel" if name == DISTILLED else "  baseline"
+        stages = relabel_stages(run, name, run.label_identity)
+        run.drive(title, relabelling.relabel_rows(pending), stages, "shards", len(units))
+
+
+def jobs_of(run: Run) -> list[StudentJob]:
+    """All students of the run: the method's, then the baselines'."""
+    config = run.config
+    methods = {config.recipe: DISTILLED}
+    if RANDOM_REAL in config.evaluate.baselines:
+        methods[RANDOM_REAL] = RANDOM_REAL
+    if HARD_LABEL in config.evaluate.baselines:
+        methods[HARD_LABEL] = DISTILLED
+    return [
+        job
+        for method, images in methods.items()
+        for job in plan_jobs(
+            config.evaluate,
+            method,
+            recipe=config.recipe,
+            images_uri=run.images_uri(images),
+            labels_uri=run.labels_uri(images),
+            epochs=config.relabel.epochs,
+            ipc=config.recover.ipc,
+            inputs_sha=f"{run.label_identity}-{run.ready.val.fingerprint}",
+        )
+    ]
+
+
+def evaluate(run: Run) -> None:
+    """Train every student that has no result and test it on all validation images."""
+    resources = run.config.resources
+    _check_complete(run)
+    jobs = jobs_of(run)
+    failed = train_students(run.out, jobs, run.ready.data, resources.evaluate, serial=run.serial)
+    rows = validate_students(run.out, jobs, run.ready.data, run.ready.val.uri, resources.validate_, run.runner)
+    raise_failures("evaluate", [*failed, *rows])
+
+
+def _check_complete(run: Run) -> None:
+    """Images and labels are there as a whole, before a student trains on a part of them for hours.
+
+    Raises:
+        UserError: says what is missing.
+    """
+    missing = sum(not recovery.is_committed(run.out, u, run.image_identity) for u in run.sourced_units)
+    if missing:
+        raise UserError(
+            f"out: {run.out} lacks {missing} of {len(run.units)} recovered units; run `prism recover` first"
+        )
+    for name in run.image_sets:
+        units = run.label_units
+        missing = sum(not relabelling.is_committed(run.labels_uri(name), u, run.label_identity) for u in units)
+        if missing:
+            raise UserError(
+                f"out: {run.labels_uri(name)} lacks {missing} of {len(units)} label shards; run `prism relabel` first"
+            )
+
+
+def report(run: Run) -> dict[str, Any]:
+    """Diversity, ``summary.json`` and ``report.html``."""
+    # Here, because matplotlib takes a second to import and only this stage plots.
+    from pipeline.report import write_report
+
+    config = run.config
+    feature_model = config.recover.logit_teachers[0]
+    init = storage.join(run.out, "init")
+    real = init if config.recover.init == "real" else random_real_uri(run.out)
+    sets = {"distilled": run.images_uri(DISTILLED), "real": real}
+    rows: list[Row] = [
+        {"id": key, "error": "", "uri": uri} for key, uri in sets.items() if storage.list_files(uri, ".parquet")
+    ]
+    stage = diversity_stage(feature_model, run.teachers[feature_model], run.ready.data, config.resources.validate_)
+    found = run.drive("diversity", rows, [stage], "sets", len(rows))
+    attempts = [
+        record.get("attempt", 1) for record in read_progress(storage.join(run.out, "progress", "recover")).values()
+    ]
+    done = sum(recovery.is_committed(run.out, u, run.image_identity) for u in run.sourced_units)
+    summary = write_summary(
+        config,
+        read_results(run.out, jobs_of(run)),
+        units={"planned": len(run.units), "done": done, "retried": sum(attempts) - len(attempts)},
+        diversity={"feature_model": feature_model, **{row["id"]: json.loads(row["result"]) for row in found}},
+    )
+    write_report(run.out)
+    return summary
+
+
+STAGES: dict[str, Callable[[Run], object]] = {
+    "squeeze": squeeze,
+    "recover": recover,
+    "relabel": relabel,
+    "evaluate": evaluate,
+    "report": report,
+}
