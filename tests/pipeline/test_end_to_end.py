@@ -214,18 +214,19 @@ def test_sigkill_of_the_driver_then_the_same_command(prism, config, tmp_path):
 
 @pytest.mark.ray
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("stage", ["squeeze", "recover"])
+@pytest.mark.parametrize("stage", ["squeeze", "recover", pytest.param("evaluate", marks=pytest.mark.slow)])
 def test_ctrl_c_is_one_sentence(config, tmp_path, prism, stage):
     """The whole group gets the signal, as from a terminal; also while Ray Train works."""
-    long = {"squeeze": {"squeeze": {"epochs": 5000}}, "recover": {"recover": {"iterations": 10**6}}}[stage]
-    path = config(tmp_path / "out", **long)
-    if stage != "squeeze":
-        code, _, err = prism("squeeze", path, "--serial")
+    long = {"squeeze": {"epochs": 5000}, "recover": {"iterations": 10**6}, "relabel": {"epochs": 2000, "batch": 6}}
+    field = "relabel" if stage == "evaluate" else stage
+    path = config(tmp_path / "out", **{field: long[field]})
+    for before in {"squeeze": [], "recover": ["squeeze"], "evaluate": ["squeeze", "recover", "relabel"]}[stage]:
+        code, _, err = prism(before, path, "--serial")
         assert code == 0, err
     # A shell that starts things in the background makes them ignore the signal, for all their children.
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = start(stage, path, start_new_session=True, preexec_fn=heed)
-    progress = tmp_path / "out" / "progress" / stage
+    progress = tmp_path / "out" / "progress" / ("train_students" if stage == "evaluate" else stage)
     try:
         while not any(record["done"] >= 1 for record in read_progress(str(progress)).values()):
             assert process.poll() is None, process.communicate()[0]
