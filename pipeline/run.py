@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from cluster import storage
 from cluster.errors import UserError
+from cluster.lease import Lease
 from cluster.progress import console
 from cluster.runner import ActorStage, fit_pools, run_ray, run_serial
 from cluster.session import ray_session
@@ -79,16 +80,24 @@ def execute(config: Config, stages: Sequence[str] | None = None, *, serial: bool
     run = check(config, serial=serial)
     names = list(stages or STAGES)
     _check_inputs(config, names)
-    rundir.claim(config, run.ready.fingerprints)
-    with contextlib.nullcontext() if serial else ray_session(config.resources.session):
-        if not serial:
-            check_fit(run, names)
-        for name in names:
-            with rundir.timed(config.out, name):
-                STAGES[name](run)
+    session = contextlib.nullcontext() if serial else ray_session(config.resources.session)
+    with Lease(config.out, say=_say) as lease:
+        rundir.claim(config, run.ready.fingerprints)
+        # The guard ends before the session, whose end may take the process with it.
+        with session, lease.guard():
+            if not serial:
+                check_fit(run, names)
+            for name in names:
+                lease.check()
+                with rundir.timed(config.out, name):
+                    STAGES[name](run)
     if "report" in names:
         console.print(results_table(storage.read_json(storage.join(config.out, SUMMARY_FILE))["results"]))
         console.print(f"report: {storage.join(config.out, 'report.html')}", soft_wrap=True)
+
+
+def _say(text: str) -> None:
+    console.print(text, soft_wrap=True)
 
 
 def _check_inputs(config: Config, names: Sequence[str]) -> None:
