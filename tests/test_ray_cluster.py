@@ -277,3 +277,29 @@ def test_commands_are_valid_shell(cluster):
     for key, commands in cluster.items():
         for command in commands if key.endswith("_commands") else []:
             subprocess.run(["bash", "-n", "-c", command], check=True)
+
+
+def test_notice_of_a_spot_machine_reaches_the_workers(cluster, tmp_path):
+    """The watcher, with stand-ins for the metadata service and Python: the notice comes at the third look."""
+    (watcher,) = [c for c in cluster["worker_start_ray_commands"] if "preemption" in c]
+    stubs = {
+        "bin/sleep": "exit 0",
+        "bin/curl": """echo "$@" >> ~/asked
+            case "$*" in
+            *PUT*) echo token ;;
+            *) test "$(grep -c instance-action ~/asked)" = 3 && echo terminate ;;
+            esac""",
+        "venv/bin/python": 'echo "$@" > ~/called.new && mv ~/called.new ~/called',
+    }
+    for name, body in stubs.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/bash\n{body}\n")
+        path.chmod(0o755)
+    environment = {"HOME": str(tmp_path), "PATH": f"{tmp_path}/bin:/usr/bin:/bin"}
+    # In the foreground here: what the test waits for.
+    subprocess.run(["bash", "-c", watcher.replace("setsid -f ", "")], env=environment, check=True, timeout=60)
+    assert (tmp_path / "called").read_text() == "-m cluster.preemption --timeout 100\n"
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert sum("instance-action" in line for line in asked) == 3
+    assert asked[1].startswith("-sf -H X-aws-ec2-metadata-token: token http://169.254.169.254/latest/meta-data/spot")
