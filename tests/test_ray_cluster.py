@@ -279,27 +279,57 @@ def test_commands_are_valid_shell(cluster):
             subprocess.run(["bash", "-n", "-c", command], check=True)
 
 
-def test_notice_of_a_spot_machine_reaches_the_workers(cluster, tmp_path):
-    """The watcher, with stand-ins for the metadata service and Python: the notice comes at the third look."""
-    (watcher,) = [c for c in cluster["worker_start_ray_commands"] if "preemption" in c]
-    stubs = {
-        "bin/sleep": "exit 0",
-        "bin/curl": """echo "$@" >> ~/asked
-            case "$*" in
-            *PUT*) echo token ;;
-            *) test "$(grep -c instance-action ~/asked)" = 3 && echo terminate ;;
-            esac""",
-        "venv/bin/python": 'echo "$@" > ~/called.new && mv ~/called.new ~/called',
-    }
+def watch(tmp_path: Path, **stubs: str) -> list[str]:
+    """Run what runs beside Ray on a worker machine, with stand-ins for programs; returns what was called."""
+    stubs = {"sleep": "exit 0", "curl": "exit 22", "pgrep": "exit 1", "sudo": "exit 0", "python": "exit 0", **stubs}
+    (tmp_path / "bin").mkdir()
     for name, body in stubs.items():
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"#!/bin/bash\n{body}\n")
+        path = tmp_path / "bin" / name
+        path.write_text(f'#!/bin/bash\necho "{name} $*" >> {tmp_path}/called\n{body}\n')
         path.chmod(0o755)
-    environment = {"HOME": str(tmp_path), "PATH": f"{tmp_path}/bin:/usr/bin:/bin"}
-    # In the foreground here: what the test waits for.
-    subprocess.run(["bash", "-c", watcher.replace("setsid -f ", "")], env=environment, check=True, timeout=60)
-    assert (tmp_path / "called").read_text() == "-m cluster.preemption --timeout 100\n"
-    asked = (tmp_path / "asked").read_text().splitlines()
-    assert sum("instance-action" in line for line in asked) == 3
-    assert asked[1].startswith("-sf -H X-aws-ec2-metadata-token: token http://169.254.169.254/latest/meta-data/spot")
+    script = ROOT / "cluster" / "worker_machine.sh"
+    environment = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin"}
+    subprocess.run(["bash", script, f"{tmp_path}/bin/python"], env=environment, check=True, timeout=60)
+    return (tmp_path / "called").read_text().splitlines()
+
+
+def test_notice_of_a_spot_machine_reaches_the_workers(tmp_path):
+    """It comes at the third look."""
+    curl = f"""case "$*" in
+        *PUT*) echo token ;;
+        *) test "$(grep -c instance-action {tmp_path}/called)" = 3 ;;
+        esac"""
+    called = watch(tmp_path, curl=curl, pgrep="exit 0")
+    assert called[-1] == "python -m cluster.preemption --timeout 100"
+    looks = [line for line in called if "instance-action" in line]
+    assert len(looks) == 3
+    assert all(
+        "X-aws-ec2-metadata-token: token http://169.254.169.254/latest/meta-data/spot/" in look for look in looks
+    )
+
+
+def test_machine_without_raylet_ends_itself(tmp_path):
+    """After 15 minutes in a row: the raylet is there at the tenth look for the last time."""
+    called = watch(tmp_path, pgrep=f'test "$(grep -c pgrep {tmp_path}/called)" = 10')
+    assert called[-1] == "sudo shutdown -h now"
+    assert called.count("sleep 5") == 10 + 15 * 60 // 5
+    assert not any(line.startswith("python") for line in called)
+
+
+def test_worker_machines_are_watched_and_can_end_themselves(cluster):
+    (command,) = [c for c in cluster["worker_start_ray_commands"] if "worker_machine.sh" in c]
+    assert "~/prism/cluster/worker_machine.sh ~/venv/bin/python" in command
+    assert "~/prism/cluster" in cluster["file_mounts"]
+    for node_type in workers(cluster).values():
+        assert node_type["node_config"]["InstanceInitiatedShutdownBehavior"] == "terminate"
+
+
+def test_refused_spot_launches_do_not_bring_on_demand_machines():
+    """What the guide says of Ray 2.60: EC2 refuses at once, and only launches that time out make a type less wanted."""
+    from ray.autoscaler.v2.instance_manager.subscribers.cloud_resource_monitor import CloudResourceMonitor
+    from ray.core.generated.instance_manager_pb2 import Instance, InstanceUpdateEvent
+
+    monitor = CloudResourceMonitor()
+    for status, less_wanted in ((Instance.ALLOCATION_FAILED, set()), (Instance.ALLOCATION_TIMEOUT, {"gpu1_spot"})):
+        monitor.notify([InstanceUpdateEvent(new_instance_status=status, instance_type="gpu1_spot")])
+        assert set(monitor.get_recoverable_resource_availabilities()) == less_wanted
