@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import subprocess
 import tomllib
 from pathlib import Path
@@ -333,3 +334,34 @@ def test_refused_spot_launches_do_not_bring_on_demand_machines():
     for status, less_wanted in ((Instance.ALLOCATION_FAILED, set()), (Instance.ALLOCATION_TIMEOUT, {"gpu1_spot"})):
         monitor.notify([InstanceUpdateEvent(new_instance_status=status, instance_type="gpu1_spot")])
         assert set(monitor.get_recoverable_resource_availabilities()) == less_wanted
+
+
+def test_the_guide_grants_what_the_file_needs(cluster):
+    """Policies of the guide are JSON, and name the roles, the tag and the image's parameter of the file."""
+    text = (ROOT / "docs" / "cluster.md").read_text()
+    blocks = re.findall(r"^`(\w+)\.json`:\n\n```json\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    policies = {name: json.loads(block)["Statement"] for name, block in blocks}
+    assert set(policies) == {"trust", "bucket", "head"}
+
+    def allowed(action: str) -> list[dict[str, Any]]:
+        return [
+            s for s in policies["head"] if action in ([s["Action"]] if isinstance(s["Action"], str) else s["Action"])
+        ]
+
+    profiles = {n: t["node_config"]["IamInstanceProfile"]["Name"] for n, t in cluster["available_node_types"].items()}
+    (passed,) = allowed("iam:PassRole")
+    assert {f"role/{profiles[name]}" for name in workers(cluster)} == {passed["Resource"].split(":")[-1]}
+    assert all(f"--role-name {name}" in text or name in text for name in profiles.values())
+    (ended,) = allowed("ec2:TerminateInstances")
+    assert ended["Condition"]["StringEquals"] == {"ec2:ResourceTag/ray-cluster-name": cluster["cluster_name"]}
+    (looked_up,) = allowed("ssm:GetParameters")
+    prefix = looked_up["Resource"].split("parameter")[1].rstrip("*")
+    for node_type in cluster["available_node_types"].values():
+        assert node_type["node_config"]["ImageId"].startswith(f"resolve:ssm:{prefix}")
+    assert all("BUCKET" in s["Resource"] for s in policies["bucket"])
+    # The quotas that the guide asks for.
+    cpus = {True: 0, False: 0}
+    for node_type in workers(cluster).values():
+        cpus[is_spot(node_type)] += node_type["max_workers"] * node_type["resources"]["CPU"]
+    assert f"= {cpus[True]} |" in text
+    assert f"| {cpus[False]} |" in text
