@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -115,7 +115,15 @@ class Run:
         """Image sets that are labelled."""
         return [DISTILLED] + ([RANDOM_REAL] if RANDOM_REAL in self.config.evaluate.baselines else [])
 
-    def drive(self, title: str, rows: list[Row], stages: list[ActorStage], unit: str, total: int) -> list[Row]:
+    def drive(
+        self,
+        title: str,
+        rows: list[Row],
+        stages: list[ActorStage],
+        unit: str,
+        total: int,
+        keep: Callable[[Row], None] = lambda row: None,
+    ) -> list[Row]:
         """Push rows through stages and show how far they are.
 
         Args:
@@ -124,6 +132,7 @@ class Run:
             stages: of the pipeline.
             unit: what is counted.
             total: of all units; those not pending were done before.
+            keep: called with the row of every unit that succeeded, as it comes.
 
         Raises:
             RunError: units failed; the rest was finished first.
@@ -133,6 +142,8 @@ class Run:
             progress.resume(total - len(rows))
             for row in self.runner(rows, stages) if rows else ():
                 results.append(row)
+                if not row["error"]:
+                    keep(row)
                 progress.advance(f"failed: {row['id']}" if row["error"] else "")
         raise_failures(title, results, len(rows))
         return results

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import ArrayLike
 
 from cluster import rng, storage
+from cluster.classes import ClassIndex
 from pipeline.config import Config
 from stages.recover.selection import draw_subset
 from stages.recover.unit import RecoverUnit
@@ -59,7 +61,7 @@ def make_plan(config: Config, num_classes: int) -> list[RecoverUnit]:
     return units
 
 
-def with_sources(units: Sequence[RecoverUnit], labels: Sequence[Sequence[int]], num_classes: int) -> list[RecoverUnit]:
+def with_sources(units: Sequence[RecoverUnit], labels: Sequence[ArrayLike], num_classes: int) -> list[RecoverUnit]:
     """Units with their initial real images: the i-th of each class, in the data's order, for IPC index i.
 
     Args:
@@ -67,13 +69,8 @@ def with_sources(units: Sequence[RecoverUnit], labels: Sequence[Sequence[int]], 
         labels: of every shard, in row order.
         num_classes: of the data.
     """
-    need = 1 + max(unit.ipc for unit in units)
-    where: list[list[tuple[int, int]]] = [[] for _ in range(num_classes)]
-    for shard, column in enumerate(labels):
-        for row, label in enumerate(column):
-            if len(where[label]) < need:
-                where[label].append((shard, row))
-    return [u.model_copy(update={"sources": [where[c][u.ipc] for c in u.classes]}) for u in units]
+    images = ClassIndex(labels, num_classes)
+    return [u.model_copy(update={"sources": [images.locate(c, u.ipc) for c in u.classes]}) for u in units]
 
 
 def save_plan(out: str, units: Sequence[RecoverUnit]) -> None:

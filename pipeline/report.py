@@ -7,6 +7,7 @@ import importlib.resources
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jinja2
@@ -172,16 +173,18 @@ def _curve_charts(results: list[Record], recipe: str) -> list[Record]:
 
 def _read_units(folder: str) -> list[Record]:
     """What the shards of a folder say, without their images."""
-    units = []
-    for name in storage.list_files(folder, ".parquet"):
+    columns = ["image_id", "label", "ipc", "source_id", "loss_ce", "loss_bn", "bn_teachers", "iterations"]
+
+    def read(name: str) -> Record | None:
         uri = storage.join(folder, name)
         metadata = shards.shard_metadata(uri)
         if metadata is None:
-            continue
-        columns = ["image_id", "label", "ipc", "source_id", "loss_ce", "loss_bn", "bn_teachers", "iterations"]
+            return None
         rows = shards.read_shard(uri, columns).to_pylist()
-        units.append({"uri": uri, "name": name, "class_names": metadata["class_names"], "rows": rows})
-    return units
+        return {"uri": uri, "name": name, "class_names": metadata["class_names"], "rows": rows}
+
+    with ThreadPoolExecutor(shards.READERS) as pool:
+        return [unit for unit in pool.map(read, storage.list_files(folder, ".parquet")) if unit]
 
 
 def _gallery(out: str, units: list[Record], class_names: list[str]) -> Record | None:

@@ -13,6 +13,7 @@ from cluster.runner import ActorStage, Row
 from pipeline.context import DISTILLED, RANDOM_REAL, Run, raise_failures
 from pipeline.plan import save_plan
 from pipeline.summary import write_summary
+from pipeline.work import recover_work, relabel_work
 from stages.evaluate.baselines import random_real, random_real_uri
 from stages.evaluate.diversity import diversity_stage
 from stages.evaluate.jobs import HARD_LABEL, StudentJob, plan_jobs
@@ -71,9 +72,10 @@ def recover_stages(run: Run, identity: str) -> list[ActorStage]:
 def recover(run: Run) -> None:
     """Optimise every unit that is not committed."""
     save_plan(run.out, run.units)
-    units = run.sourced_units
-    pending = [u for u in units if not recovery.is_committed(run.out, u, run.image_identity)]
-    run.drive("recover", recovery.recover_rows(pending), recover_stages(run, run.image_identity), "units", len(units))
+    work = recover_work(run)
+    rows = recovery.recover_rows(work.pending())
+    with work.ledger:
+        run.drive("recover", rows, recover_stages(run, run.image_identity), "units", len(work.units), work.keep)
 
 
 def relabel_stages(run: Run, name: str, identity: str) -> list[ActorStage]:
@@ -94,7 +96,6 @@ def relabel_stages(run: Run, name: str, identity: str) -> list[ActorStage]:
 def relabel(run: Run) -> None:
     """Label the views of the distilled images, and of the baseline's."""
     config, data = run.config, run.ready.data
-    units = run.label_units
     if RANDOM_REAL in run.image_sets:
         rows = random_real(
             run.out,
@@ -107,11 +108,12 @@ def relabel(run: Run) -> None:
         )
         raise_failures("random_real", rows)
     for name in run.image_sets:
-        labels = run.labels_uri(name)
-        pending = [u for u in units if not relabelling.is_committed(labels, u, run.label_identity)]
+        work = relabel_work(run, name)
+        rows = relabelling.relabel_rows(work.pending())
         title = "relabel" if name == DISTILLED else "  baseline"
         stages = relabel_stages(run, name, run.label_identity)
-        run.drive(title, relabelling.relabel_rows(pending), stages, "shards", len(units))
+        with work.ledger:
+            run.drive(title, rows, stages, "shards", len(work.units), work.keep)
 
 
 def jobs_of(run: Run) -> list[StudentJob]:
@@ -154,17 +156,17 @@ def _check_complete(run: Run) -> None:
     Raises:
         UserError: says what is missing.
     """
-    missing = sum(not recovery.is_committed(run.out, u, run.image_identity) for u in run.sourced_units)
+    missing = len(recover_work(run).pending())
     if missing:
         raise UserError(
             f"out: {run.out} lacks {missing} of {len(run.units)} recovered units; run `prism recover` first"
         )
     for name in run.image_sets:
-        units = run.label_units
-        missing = sum(not relabelling.is_committed(run.labels_uri(name), u, run.label_identity) for u in units)
+        missing = len(relabel_work(run, name).pending())
         if missing:
             raise UserError(
-                f"out: {run.labels_uri(name)} lacks {missing} of {len(units)} label shards; run `prism relabel` first"
+                f"out: {run.labels_uri(name)} lacks {missing} of {len(run.label_units)} label shards; "
+                "run `prism relabel` first"
             )
 
 
@@ -186,7 +188,7 @@ def report(run: Run) -> dict[str, Any]:
     attempts = [
         record.get("attempt", 1) for record in read_progress(storage.join(run.out, "progress", "recover")).values()
     ]
-    done = sum(recovery.is_committed(run.out, u, run.image_identity) for u in run.sourced_units)
+    done = len(run.units) - len(recover_work(run).pending())
     summary = write_summary(
         config,
         read_results(run.out, jobs_of(run)),

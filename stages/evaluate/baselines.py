@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import ArrayLike
 
 from cluster import shards, storage
+from cluster.classes import ClassIndex
 from cluster.errors import UserError
 from cluster.resources import ActorResources
 from cluster.rng import generator
@@ -23,7 +26,7 @@ def random_real_uri(out_uri: str) -> str:
     return storage.join(out_uri, "baselines", "random_real")
 
 
-def choose_real(labels: list[list[int]], num_classes: int, ipc: int, seed: int) -> list[list[tuple[int, int]]]:
+def choose_real(labels: Sequence[ArrayLike], num_classes: int, ipc: int, seed: int) -> list[list[tuple[int, int]]]:
     """Choose real images, without repeats within a class.
 
     Args:
@@ -38,18 +41,14 @@ def choose_real(labels: list[list[int]], num_classes: int, ipc: int, seed: int) 
     Raises:
         UserError: a class has fewer images.
     """
-    members: list[list[tuple[int, int]]] = [[] for _ in range(num_classes)]
-    for shard, column in enumerate(labels):
-        for row, label in enumerate(column):
-            members[label].append((shard, row))
+    images = ClassIndex(labels, num_classes)
     chosen = []
-    for label, candidates in enumerate(members):
-        if len(candidates) < ipc:
-            raise UserError(
-                f"data: class {label} has {len(candidates)} images, fewer than ipc = {ipc}; lower ipc or add images"
-            )
-        picks = generator(seed, "random_real", label).choice(len(candidates), ipc, replace=False)
-        chosen.append([candidates[i] for i in picks])
+    for label in range(num_classes):
+        count = images.count(label)
+        if count < ipc:
+            raise UserError(f"data: class {label} has {count} images, fewer than ipc = {ipc}; lower ipc or add images")
+        picks = generator(seed, "random_real", label).choice(count, ipc, replace=False)
+        chosen.append([images.locate(label, int(i)) for i in picks])
     return chosen
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cluster import shards, storage
 from cluster.errors import RunError
+from cluster.ledger import content_key
 from cluster.progress import ProgressWriter
 from cluster.resources import ActorResources
 from cluster.runner import ActorStage, Row
@@ -72,7 +73,8 @@ class RecoverStage:
         """Recover and commit a unit.
 
         Returns:
-            ``id``, ``error``, ``seconds``, ``loss_ce``, ``iterations`` and ``attempt`` (starts, over all runs).
+            ``id``, ``error``, ``seconds``, ``loss_ce``, ``iterations``, ``attempt`` (starts, over all runs) and
+            ``sizes`` (bytes of the shards in ``folders``).
 
         Raises:
             RunError: see ``recover_unit``; or the unit's worker was killed too often.
@@ -81,12 +83,12 @@ class RecoverStage:
         unit = RecoverUnit.model_validate_json(row["unit"])
         progress, attempts = self._begin(unit)
         names: list[str | None] = [None] * len(unit.classes)
-        images = None
+        images, sizes = None, []
         if self.reader:
             sources = self.reader.read(unit.sources, unit.classes)
             names = list(sources.names)
             images = self.data.normalise(sources.pixels)
-            self._commit(_init_uri(self.out, unit), unit, sources.pixels, names, {})
+            sizes.append(self._commit(_init_uri(self.out, unit), unit, sources.pixels, names, {}))
         result = recover_unit(
             unit,
             images,
@@ -103,7 +105,8 @@ class RecoverStage:
             "loss_bn": list(result.loss_bn.values()),
             "iterations": result.iterations,
         }
-        self._commit(_recovered_uri(self.out, unit), unit, result.pixels, names, outcome, log=result.log)
+        recovered = _recovered_uri(self.out, unit)
+        sizes.append(self._commit(recovered, unit, result.pixels, names, outcome, log=result.log))
         return {
             "id": unit.id,
             "error": "",
@@ -111,6 +114,7 @@ class RecoverStage:
             "loss_ce": result.loss_ce,
             "iterations": result.iterations,
             "attempt": attempts["attempt"],
+            "sizes": sizes,
         }
 
     def _begin(self, unit: RecoverUnit) -> tuple[ProgressWriter, dict[str, Any]]:
@@ -138,8 +142,8 @@ class RecoverStage:
         names: Sequence[str | None],
         outcome: Mapping[str, Any],
         **metadata: Any,
-    ) -> None:
-        """Write images of a unit as one shard; columns that ``outcome`` lacks stay null."""
+    ) -> int:
+        """Write images of a unit as one shard; columns that ``outcome`` lacks stay null. Returns its bytes."""
         rows = [
             {
                 "image": {"bytes": encode_png(image.numpy()), "path": f"{label:05d}/{unit.ipc:05d}.png"},
@@ -154,7 +158,7 @@ class RecoverStage:
         ]
         metadata |= {"unit": _content(unit), "identity": self.identity}
         schema = shards.image_schema(list(self.data.class_names), shards.RECOVERED_FIELDS, metadata)
-        shards.write_shard(uri, pa.Table.from_pylist(rows, schema=schema))
+        return shards.write_shard(uri, pa.Table.from_pylist(rows, schema=schema))
 
 
 def recover_stage(
@@ -203,6 +207,16 @@ def recover_rows(units: Sequence[RecoverUnit]) -> list[Row]:
 
     ordered = sorted(units, key=lambda unit: (-cost(unit), unit.id))
     return [{"id": unit.id, "error": "", "unit": unit.model_dump_json()} for unit in ordered]
+
+
+def folders(out: str, options: RecoverOptions) -> list[str]:
+    """Folders in each of which a unit has a shard, in the order of commits."""
+    return [storage.join(out, name) for name in (["init"] if options.init == "real" else []) + ["recovered"]]
+
+
+def unit_key(unit: RecoverUnit, identity: str) -> str:
+    """Digest of what a unit's shards hold."""
+    return content_key(_content(unit), identity)
 
 
 def is_committed(out: str, unit: RecoverUnit, identity: str) -> bool:

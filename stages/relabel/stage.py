@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from cluster import shards
 from cluster.errors import RunError
+from cluster.ledger import content_key
 from cluster.resources import ActorResources
 from cluster.runner import ActorStage, Row
 from stages.data import DataSpec
@@ -115,7 +116,7 @@ class CommitStage:
         }
 
     def __call__(self, row: Row) -> Row:
-        """Commit a unit; returns ``id``, ``error``, ``rows`` and ``bytes``.
+        """Commit a unit; returns ``id``, ``error``, ``rows`` and ``sizes`` (bytes of its shard, one value).
 
         Raises:
             RunError: a combined logit exceeds the range of fp16.
@@ -137,7 +138,7 @@ class CommitStage:
             self.options.batch,
             self.metadata,
         )
-        return {"id": unit.id, "error": "", "rows": unit.num_rows, "bytes": size}
+        return {"id": unit.id, "error": "", "rows": unit.num_rows, "sizes": [size]}
 
 
 def _column(teacher: str) -> str:
@@ -195,6 +196,11 @@ def relabel_stages(
 def relabel_rows(units: Sequence[LabelUnit]) -> list[Row]:
     """One row per unit."""
     return [{"id": unit.id, "error": "", "unit": unit.model_dump_json()} for unit in units]
+
+
+def unit_key(unit: LabelUnit, identity: str) -> str:
+    """Digest of what a unit's shard holds."""
+    return content_key(unit.model_dump(), identity)
 
 
 def is_committed(labels_uri: str, unit: LabelUnit, identity: str) -> bool:
