@@ -1,5 +1,7 @@
 """Errors that reach the user as one sentence, and what such sentences need."""
 
+import os
+import re
 from collections.abc import Sequence
 
 INTERRUPTED = "interrupted: what was finished is kept; run the same command again to resume"
@@ -9,6 +11,9 @@ class PrismError(Exception):
     """Base of every error whose message is meant for the user."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return redact(super().__str__())
 
 
 class UserError(PrismError):
@@ -23,6 +28,23 @@ class RunError(PrismError):
     exit_code = 1
 
 
+# Names of variables that hold a secret, not those that say where one lies.
+_SECRET_NAME = re.compile(
+    r"(SECRET|TOKEN|PASSWORD|PASSPHRASE|CREDENTIALS?|API_KEY|ACCESS_KEY)(?!.*_(ID|PATH|FILE|URI)$)", re.I
+)
+_USER_OF_ADDRESS = re.compile(r"(?<=://)[^\s/@'\"]+(?=@)")
+_SIGNED_QUERY = re.compile(r"([?&][\w-]*(?:signature|credential|token|accesskeyid)=)[^\s&'\"]+", re.I)
+
+
+def redact(text: str) -> str:
+    """Text that may go into a file, a log or a terminal: without the secrets of the environment, or in addresses."""
+    for name, value in os.environ.items():
+        # Shorter ones are words like "true", which a sentence may need.
+        if len(value) >= 8 and value in text and _SECRET_NAME.search(name):
+            text = text.replace(value, "***")
+    return _SIGNED_QUERY.sub(r"\1***", _USER_OF_ADDRESS.sub("***", text))
+
+
 def some(names: Sequence[str], most: int = 5) -> str:
     """The first few of many names, for a sentence."""
     return ", ".join(names[:most]) + (", …" if len(names) > most else "")
@@ -30,5 +52,5 @@ def some(names: Sequence[str], most: int = 5) -> str:
 
 def first_line(error: BaseException) -> str:
     """What a library's exception says, without the pages that may follow; its type where it says nothing."""
-    lines = str(error).strip().splitlines()
+    lines = redact(str(error)).strip().splitlines()
     return lines[0][:160] if lines else type(error).__name__

@@ -1,11 +1,13 @@
 """URIs to file systems, and writing a file in one atomic step.
 
 A run directory, a dataset and a weights file may each be a local path or ``s3://bucket/key``. Everything goes
-through fsspec, so credentials come from the requester's usual chain and never from the configuration.
+through fsspec, so credentials come from the requester's usual chain and never from the configuration. What passes
+by itself in an object store is waited for in ``cluster.objectstore``, below whoever opens a file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import posixpath
@@ -18,7 +20,10 @@ from urllib.parse import urlsplit
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from cluster.errors import UserError
+from cluster.errors import PrismError, UserError, first_line
+from cluster.objectstore import ObjectStore
+
+S3 = ("s3", "s3a")
 
 
 def is_local(uri: str) -> bool:
@@ -27,18 +32,46 @@ def is_local(uri: str) -> bool:
 
 
 def absolute(uri: str) -> str:
-    """The same place for every process, whatever its working directory."""
-    return resolve(uri)[1] if is_local(uri) else uri
+    """The same place for every process, whatever its working directory.
+
+    Raises:
+        UserError: the URI carries credentials.
+    """
+    if is_local(uri):
+        return resolve(uri)[1]
+    _refuse_credentials(uri)
+    return uri
+
+
+def _refuse_credentials(uri: str) -> None:
+    """Addresses are written down, in ``run.yaml`` and in sentences, and what they carry with them."""
+    scheme, _, rest = uri.partition("://")
+    host = rest.partition("/")[0]
+    # A secret may have a slash in it, and what stands before that looks like a host with a port; buckets have none.
+    if "@" in host or (scheme in S3 and ":" in host and not host.startswith("arn:")):
+        shown = f"{scheme}://***@{rest.rpartition('@')[2]}" if "@" in rest else f"{scheme}://***"
+    elif "?" in rest:
+        shown = uri
+    else:
+        return
+    raise UserError(
+        f"{shown.partition('?')[0]}: this address carries credentials or a query, and addresses are written into "
+        f"files; give {scheme}://bucket/key alone, and the credentials by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+        "AWS_PROFILE or the role of the machine"
+    )
 
 
 def resolve(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """File system and path of a URI.
 
     Raises:
-        UserError: the URI's scheme is unknown.
+        UserError: the URI's scheme is unknown, or it carries credentials.
     """
     if is_local(uri):
         return LocalFileSystem(), str(Path(uri.removeprefix("file://")).expanduser().absolute())
+    _refuse_credentials(uri)
+    if urlsplit(uri).scheme in S3:
+        return ObjectStore(), ObjectStore._strip_protocol(uri)
     try:
         fs, path = fsspec.core.url_to_fs(uri)
     except (ValueError, ImportError) as error:
@@ -54,23 +87,22 @@ def join(uri: str, *parts: str) -> str:
 def exists(uri: str) -> bool:
     """Whether a file or folder is there."""
     fs, path = resolve(uri)
-    fs.invalidate_cache()
     return bool(fs.exists(path))
 
 
 def list_files(uri: str, suffix: str = "") -> dict[str, int]:
     """Names (relative to ``uri``, one level) to sizes in bytes, sorted; temporary files are left out.
 
-    One listing, whatever the number of files. A missing folder is an empty one.
+    One listing, a request for every 1,000 files. A missing folder is an empty one.
     """
     fs, path = resolve(uri)
-    fs.invalidate_cache()
     try:
-        entries = fs.ls(path, detail=True)
+        entries = fs.list_folder(path) if isinstance(fs, ObjectStore) else fs.ls(path, detail=True)
     except (FileNotFoundError, NotADirectoryError):
         return {}
     files = {posixpath.basename(e["name"]): int(e["size"] or 0) for e in entries if e["type"] == "file"}
-    return {n: files[n] for n in sorted(files) if n.endswith(suffix) and not n.startswith(".tmp-")}
+    # The console of an object store leaves an object without a name where somebody made a folder.
+    return {n: files[n] for n in sorted(files) if n and n.endswith(suffix) and not n.startswith(".tmp-")}
 
 
 def read_bytes(uri: str) -> bytes:
@@ -83,7 +115,8 @@ def read_bytes(uri: str) -> bytes:
 def write_bytes(uri: str, data: bytes) -> None:
     """Write a file in one step: a reader sees the old content, the new one or nothing, never a part.
 
-    Locally: a temporary name beside it, fsync, rename. On an object store: a single put.
+    Locally: a temporary name beside it, fsync, rename. On an object store: a single put, of large files in parts that
+    become an object when the last has arrived.
     """
     fs, path = resolve(uri)
     if not isinstance(fs, LocalFileSystem):
@@ -117,8 +150,9 @@ def remove(uri: str) -> None:
     fs, path = resolve(uri)
     if isinstance(fs, LocalFileSystem):
         shutil.rmtree(path, ignore_errors=True) if Path(path).is_dir() else Path(path).unlink(missing_ok=True)
-    elif fs.exists(path):
-        fs.rm(path, recursive=True)
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            fs.rm(path, recursive=True)
 
 
 def check_writable(uri: str, field: str) -> None:
@@ -128,6 +162,7 @@ def check_writable(uri: str, field: str) -> None:
         UserError: names ``field`` and the reason.
     """
     fs, path = resolve(uri)
+    name = f".tmp-{uuid.uuid4().hex}"
     try:
         if isinstance(fs, LocalFileSystem):
             folder = Path(path)
@@ -135,15 +170,17 @@ def check_writable(uri: str, field: str) -> None:
                 raise NotADirectoryError("a file stands there")
             while not folder.exists():
                 folder = folder.parent
-            probe = folder / f".tmp-{uuid.uuid4().hex}"
+            probe = folder / name
             probe.touch()
             probe.unlink()
         else:
-            probe_path = posixpath.join(path, f".tmp-{uuid.uuid4().hex}")
+            probe_path = posixpath.join(path, name)
             fs.pipe_file(probe_path, b"")
             fs.rm_file(probe_path)
+    except PrismError as error:
+        raise type(error)(f"{field}: {str(error).replace(f'/{name}', '')}") from None
     except Exception as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"{field}: {uri} is not writable ({reason}); choose another place or fix its rights") from None
 
 

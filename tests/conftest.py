@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from s3 import swift
+from s3.fault_proxy import FaultProxy
 
 # A user's own Ray cluster must neither be found nor used by tests.
 os.environ.pop("RAY_ADDRESS", None)
@@ -45,6 +49,55 @@ def s3_server() -> Iterator[str]:
         boto3.client("s3").create_bucket(Bucket="prism-tests")
         yield "s3://prism-tests"
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def swift_server(tmp_path_factory) -> Iterator[dict[str, str]]:
+    """OpenStack Swift with its S3 API; yields the environment that names it. PRISM_SWIFT keeps its installation."""
+    if swift.unavailable():
+        pytest.skip(swift.unavailable())
+    root = tmp_path_factory.mktemp("swift")
+    with ExitStack() as stack:
+        programs = swift.install(Path(os.environ.get("PRISM_SWIFT") or root / "venv"))
+        yield swift.start(programs, root / "store", stack)
+
+
+@pytest.fixture(params=["moto", pytest.param("swift", marks=pytest.mark.s3_real)])
+def s3_store(request, monkeypatch) -> Iterator[str]:
+    """``s3://BUCKET`` on moto, and under the marker ``s3_real`` on a real object store; new for every test."""
+    import boto3
+
+    from cluster.objectstore import ObjectStore
+
+    if request.param == "moto":
+        request.getfixturevalue("s3_server")
+    else:
+        for name, value in request.getfixturevalue("swift_server").items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    # The address is read when the first object of a kind is made.
+    ObjectStore.clear_instance_cache()
+    bucket = f"prism-{uuid.uuid4().hex}"
+    boto3.client("s3").create_bucket(Bucket=bucket)
+    yield f"s3://{bucket}"
+    ObjectStore.clear_instance_cache()
+
+
+@pytest.fixture
+def fault_proxy(s3_store, monkeypatch) -> Iterator[Callable[..., FaultProxy]]:
+    """Puts a proxy with the given faults before ``s3_store``; returns it."""
+    from cluster.objectstore import ObjectStore
+
+    with ExitStack() as stack:
+
+        def make(**options) -> FaultProxy:
+            proxy = FaultProxy(os.environ["AWS_ENDPOINT_URL"], **options)
+            stack.callback(proxy.close)
+            monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+            ObjectStore.clear_instance_cache()
+            return proxy
+
+        yield make
 
 
 @pytest.fixture(scope="session")
