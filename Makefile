@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: install demo test test-slow test-s3 lint format clean
+.PHONY: install demo test test-slow test-swift lint format clean
 
 install: $(VENV)/.installed
 
@@ -22,7 +22,7 @@ test: install          ## the default tests
 test-slow: install     ## the long ones
 	$(BIN)/python -m pytest -m 'slow and not s3_real' --timeout 3600
 
-test-s3: install       ## those that talk to an object store, against OpenStack Swift (needs liberasurecode)
+test-swift: install    ## those that talk to an object store, against OpenStack Swift (needs liberasurecode)
 	$(BIN)/python -m pytest -m s3_real --timeout 3600
 
 lint: install

@@ -32,7 +32,8 @@ class RunError(PrismError):
 _SECRET_NAME = re.compile(
     r"(SECRET|TOKEN|PASSWORD|PASSPHRASE|CREDENTIALS?|API_KEY|ACCESS_KEY)(?!.*_(ID|PATH|FILE|URI)$)", re.I
 )
-_USER_OF_ADDRESS = re.compile(r"(?<=://)[^\s/@'\"]+(?=@)")
+# A secret key may have slashes in it.
+_USER_OF_ADDRESS = re.compile(r"(?<=://)(?:[^\s/@'\"]+|[^\s/@'\"]*:[^\s@'\"]+)(?=@)")
 _SIGNED_QUERY = re.compile(r"([?&][\w-]*(?:signature|credential|token|accesskeyid)=)[^\s&'\"]+", re.I)
 
 

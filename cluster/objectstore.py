@@ -41,6 +41,8 @@ PASSING_CODES = {
 }  # fmt: skip
 WRONG_KEYS = {"InvalidAccessKeyId", "InvalidSecurity", "InvalidToken", "SignatureDoesNotMatch"}
 WRONG_REGION = {"AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect", "301"}
+# What s3fs has an exception of its own for.
+SPEAKING = {"PreconditionFailed", "412", "InvalidRange", "416"}
 DENIED = {"AccessDenied", "AllAccessDisabled", "AccountProblem", "403", "Forbidden"}
 
 # Addresses without a server, servers without a certificate, and connections that take too long.
@@ -150,6 +152,13 @@ class ObjectStore(S3FileSystem):  # type: ignore[misc]
         data: bytes = await super()._cat_file(path, *args, **{"max_concurrency": 1, **kwargs})
         return data
 
+    async def _pipe_file(self, path: str, data: bytes, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return await super()._pipe_file(path, data, *args, **kwargs)
+        except FileNotFoundError:
+            # An upload in parts whose end was answered, but not heard: asked again, the store knows it no more.
+            return await super()._pipe_file(path, data, *args, **kwargs)
+
     async def _mkdir(self, path: str, *args: Any, **kwargs: Any) -> None:
         """Nothing: folders need not be made, and a bucket is its owner's to make."""
 
@@ -232,6 +241,8 @@ def explain(error: BaseException, uri: str, answered: bool) -> PrismError | None
             f"{uri}: the object store{at} fails again and again ({_reason(error)}); "
             "run the same command again to resume"
         )
+    if response is not None and not isinstance(error, FileNotFoundError) and code not in SPEAKING:
+        return RunError(f"{uri}: the object store{at} refuses the request ({_reason(error)})")
     return None
 
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from cluster.errors import PrismError, RunError, UserError
+from cluster.errors import PrismError, RunError, UserError, redact
 from cluster.resources import ActorResources
 from cluster.session import cluster_totals
 
@@ -77,8 +77,8 @@ class Guarded:
         except PrismError as error:
             return str(error)
         except Exception as error:
-            log.error("%s: %s\n%s", self.name, what, traceback.format_exc())
-            return f"{type(error).__name__}: {error}"
+            log.error("%s: %s\n%s", self.name, what, redact(traceback.format_exc()))
+            return redact(f"{type(error).__name__}: {error}")
         return ""
 
 

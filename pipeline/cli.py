@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import signal
 import sys
+import traceback
 from typing import Annotated
 
 import typer
 
-from cluster.errors import INTERRUPTED, PrismError, UserError
+from cluster.errors import INTERRUPTED, PrismError, UserError, redact
 from cluster.progress import console
 
 # What Typer turns Ctrl-C into, without a word.
@@ -153,19 +155,18 @@ def main() -> None:
         code = 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}; run the same command again to resume", file=sys.stderr)
+        reason = redact(f"{where}{error.strerror or error}")
+        print(f"error: {reason}; run the same command again to resume", file=sys.stderr)
         code = 1
     except Exception as error:
-        click_code = getattr(error, "exit_code", None)
-        if click_code is None and type(error).__module__.partition(".")[0] in ("botocore", "aiobotocore"):
-            print(f"error: object storage: {error}; check bucket, credentials and AWS_ENDPOINT_URL", file=sys.stderr)
-            click_code = 2
-        if click_code is None:
-            raise
-        show = getattr(error, "show", None)
+        text, show = io.StringIO(), getattr(error, "show", None)
         if show:
-            show()
-        code = click_code
+            # Typer's own, on words it does not understand.
+            show(text)
+        else:
+            traceback.print_exc(file=text)
+        print(redact(text.getvalue()), file=sys.stderr, end="")
+        code = getattr(error, "exit_code", 1)
     sys.exit(code if isinstance(code, int) else 0)
 
 

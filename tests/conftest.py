@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from s3 import swift
 from s3.fault_proxy import FaultProxy
+from s3.stores import STORES
 
 # A user's own Ray cluster must neither be found nor used by tests.
 os.environ.pop("RAY_ADDRESS", None)
@@ -62,25 +63,34 @@ def swift_server(tmp_path_factory) -> Iterator[dict[str, str]]:
         yield swift.start(programs, root / "store", stack)
 
 
-@pytest.fixture(params=["moto", pytest.param("swift", marks=pytest.mark.s3_real)])
-def s3_store(request, monkeypatch) -> Iterator[str]:
-    """``s3://BUCKET`` on moto, and under the marker ``s3_real`` on a real object store; new for every test."""
+@pytest.fixture
+def open_store(request, monkeypatch) -> Iterator[Callable[[str], str]]:
+    """Makes an empty bucket on moto or on Swift and lets the environment name its server; returns ``s3://BUCKET``."""
     import boto3
 
     from cluster.objectstore import ObjectStore
 
-    if request.param == "moto":
-        request.getfixturevalue("s3_server")
-    else:
-        for name, value in request.getfixturevalue("swift_server").items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-    # The address is read when the first object of a kind is made.
+    def open_(kind: str) -> str:
+        if kind == "moto":
+            request.getfixturevalue("s3_server")
+        else:
+            for name, value in request.getfixturevalue("swift_server").items():
+                monkeypatch.setenv(name, value)
+            monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        # The address is read when the first of its objects is made.
+        ObjectStore.clear_instance_cache()
+        bucket = f"prism-{uuid.uuid4().hex}"
+        boto3.client("s3").create_bucket(Bucket=bucket)
+        return f"s3://{bucket}"
+
+    yield open_
     ObjectStore.clear_instance_cache()
-    bucket = f"prism-{uuid.uuid4().hex}"
-    boto3.client("s3").create_bucket(Bucket=bucket)
-    yield f"s3://{bucket}"
-    ObjectStore.clear_instance_cache()
+
+
+@pytest.fixture(params=STORES)
+def s3_store(request, open_store) -> str:
+    """``s3://BUCKET`` on moto, and under the marker ``s3_real`` on a real object store; empty for every test."""
+    return open_store(request.param)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from cluster.errors import PrismError
 from cluster.shards import IMAGE_TYPE, image_schema
 from stages.images import encode_png, open_image
 from stages.importing.source import Reader
@@ -118,7 +119,10 @@ def _verify(data: bytes | Exception) -> tuple[bytes, Image.Image]:
 
     Raises:
         ValueError: no image, with the reason.
+        PrismError: the storage failed, which says nothing about the image.
     """
+    if isinstance(data, PrismError):
+        raise data
     if isinstance(data, Exception):
         raise ValueError(getattr(data, "strerror", None) or str(data) or type(data).__name__)
     if not data:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cluster import storage
-from cluster.errors import UserError, first_line, some
+from cluster.errors import PrismError, UserError, first_line, some
 from stages.teachers.options import KeyMap
 
 # What torch.save writes: a zip archive, before torch 1.6 a bare pickle.
@@ -29,7 +29,7 @@ def read_weights_bytes(uri: str) -> bytes:
     """
     try:
         return storage.read_bytes(uri)
-    except UserError:
+    except PrismError:
         raise
     except FileNotFoundError:
         raise UserError(f"{uri}: there is no such weights file; correct the path or download the file first") from None

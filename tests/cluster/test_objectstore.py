@@ -21,8 +21,6 @@ from cluster import objectstore, shards, storage
 from cluster.errors import RunError, UserError
 from cluster.objectstore import ObjectStore
 
-pytestmark = pytest.mark.s3
-
 
 def shard(number: int, rows: int = 20) -> pa.Table:
     image = [{"bytes": bytes([number % 256, row]) * 700, "path": f"{number}-{row}"} for row in range(rows)]
@@ -122,6 +120,21 @@ def test_a_half_upload_in_parts_is_never_an_object(s3_store, fault_proxy, monkey
     proxy.rate = 0.0
     fs.pipe_file(path, data, chunksize=5 * 2**20)
     assert storage.read_bytes(f"{s3_store}/parts") == data
+
+
+def test_the_end_of_an_upload_in_parts_is_not_heard(s3_store, fault_proxy):
+    data = os.urandom(11 * 2**20)
+    lost: list[str] = []
+
+    def first_end(method: str, path: str) -> bool:
+        lost.extend([path] if method == "POST" and "uploadId" in path else [])
+        return len(lost) == 1 and lost[0] == path
+
+    proxy = fault_proxy(rate=1.0, kinds=("late_reset",), only=first_end)
+    fs, path = storage.resolve(f"{s3_store}/parts")
+    fs.pipe_file(path, data, chunksize=5 * 2**20)
+    assert storage.read_bytes(f"{s3_store}/parts") == data
+    assert proxy.done["late_reset"] == 1
 
 
 def test_a_shard_cut_short_in_the_bucket_is_no_shard(s3_store):

@@ -17,9 +17,9 @@ import aiohttp
 from aiohttp import web
 from yarl import URL
 
-# slow_down: 503 at once. reset: the connection ends, before or after the server did its work. truncated: half of the
-# body, up or down, then the end. stall: nothing for a while, then the answer.
-FAULTS = ("slow_down", "reset", "truncated", "stall")
+# slow_down: 503 at once. reset: the connection ends before the server hears of the request; late_reset: after it did
+# its work. truncated: half of the body, up or down, then the end. stall: nothing for a while, then the answer.
+FAULTS = ("slow_down", "reset", "late_reset", "truncated", "stall")
 SLOW_DOWN = (
     b'<?xml version="1.0" encoding="UTF-8"?>'
     b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
@@ -88,14 +88,14 @@ class FaultProxy:
         self.done["requests"] += 1
         draw = random.Random(f"{self.seed}:{self.done['requests']}")
         met = draw.random() < self.rate and (self.only is None or self.only(request.method, request.raw_path))
-        fault, early = (draw.choice(self.kinds) if met else ""), draw.random() < 0.5
+        fault = draw.choice(self.kinds) if met else ""
         self.done[fault] += bool(fault)
         self.log.append((request.method, request.raw_path, fault))
         if fault == "slow_down":
             return web.Response(status=503, body=SLOW_DOWN, content_type="application/xml")
         if fault == "stall":
             await asyncio.sleep(self.stall_s)
-        if fault == "reset" and early:
+        if fault == "reset":
             return _reset(request)
         if fault == "truncated" and body:
             await self._half_up(request, body)
@@ -104,7 +104,7 @@ class FaultProxy:
         url = URL(self.upstream + request.raw_path, encoded=True)
         async with self._client.request(request.method, url, headers=headers, data=body) as answer:
             content = await answer.read()
-            if fault == "reset":
+            if fault == "late_reset":
                 return _reset(request)
             kept = {k: v for k, v in answer.headers.items() if k.lower() not in HOP}
             # The answer to HEAD announces a length and has no body.
