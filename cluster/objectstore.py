@@ -108,7 +108,7 @@ class ObjectStore(S3FileSystem):  # type: ignore[misc]
         return config
 
     async def _call_s3(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        where = "/".join(str(kwargs[k]) for k in ("Bucket", "Key", "Prefix") if kwargs.get(k))
+        where = "/".join(str(kwargs[k]) for k in ("Bucket", "Key", "Prefix") if kwargs.get(k)).rstrip("/")
         attempts = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception(passes),
             wait=tenacity.wait_random_exponential(multiplier=0.5, max=LONGEST_WAIT_S),

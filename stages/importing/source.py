@@ -13,7 +13,7 @@ from typing import Literal
 from fsspec.implementations.local import LocalFileSystem
 
 from cluster import storage
-from cluster.errors import UserError, some
+from cluster.errors import PrismError, UserError, some
 
 Format = Literal["imagefolder", "cifar", "idx", "parquet"]
 
@@ -131,7 +131,11 @@ def list_tree(uri: str) -> dict[str, int]:
                 raise UserError(f"SRC: {uri} is a file; unpack it and give the folder that holds the images")
             _walk(root, "", files, MAX_DEPTH)
         else:
-            for path, info in fs.find(root, detail=True).items():
+            try:
+                found = fs.find(root, detail=True)
+            except PrismError as error:
+                raise type(error)(f"SRC: {error}") from None
+            for path, info in found.items():
                 name = path[len(root.rstrip("/")) + 1 :]
                 if name and not any(part.startswith(".") for part in name.split("/")):
                     files[name] = int(info["size"] or 0)
