@@ -7,9 +7,9 @@ shows them, and so can another process or machine.
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from rich.console import Console
@@ -40,6 +40,7 @@ class ProgressWriter:
         self._uri = storage.join(uri, f"{task}.json")
         self._interval = interval_s
         self._last = 0.0
+        self._start = time.monotonic()
 
     def update(self, done: float, total: float, message: str = "", force: bool = False, **values: Any) -> None:
         """Record progress; calls closer than the interval are dropped unless ``force`` or finished."""
@@ -47,16 +48,29 @@ class ProgressWriter:
         if not force and done < total and now - self._last < self._interval:
             return
         self._last = now
-        storage.write_json(self._uri, {"done": done, "total": total, "message": message, "time": time.time(), **values})
+        record = {"done": done, "total": total, "message": message, "time": time.time()}
+        storage.write_json(self._uri, {**record, "seconds": round(now - self._start, 3), **values})
 
 
-def read_progress(uri: str) -> dict[str, dict[str, Any]]:
-    """Task name to its last record."""
-    out = {}
-    for name in storage.list_files(uri, ".json"):
+def read_progress(uri: str, tasks: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
+    """Task name to its last record.
+
+    Args:
+        uri: the progress folder of the stage.
+        tasks: names to read. None: all that are there.
+    """
+    if tasks is None:
+        tasks = [name.removesuffix(".json") for name in storage.list_files(uri, ".json")]
+
+    def read(task: str) -> dict[str, Any] | None:
         with contextlib.suppress(OSError, ValueError):
-            out[name.removesuffix(".json")] = storage.read_json(storage.join(uri, name))
-    return out
+            return dict(storage.read_json(storage.join(uri, f"{task}.json")))
+        return None
+
+    # An object store takes as long for one as for a few at the same time.
+    with ThreadPoolExecutor(8) as pool:
+        records = dict(zip(tasks := list(tasks), pool.map(read, tasks), strict=True))
+    return {task: record for task, record in records.items() if record is not None}
 
 
 class StageProgress:
@@ -113,29 +127,3 @@ class StageProgress:
         left = f", {spent / here * (self.total - self.done):.0f} s left" if here > 0 and self.done < self.total else ""
         count = f"{self.done:g}/{self.total:g} {self.unit}".strip()
         console.print(f"{self.title:<10} {count}, {spent:.0f} s{left}  {self.message}".rstrip(), soft_wrap=True)
-
-
-@contextlib.contextmanager
-def follow(uri: str, title: str, total: float, unit: str) -> Iterator[None]:
-    """Show the sum of a progress folder while the body blocks (a trainer's ``fit``)."""
-    stop = threading.Event()
-    with StageProgress(title, total, unit) as shown:
-
-        def poll() -> None:
-            while not stop.wait(1.0 if storage.is_local(uri) else 10.0):
-                shown_update()
-
-        def shown_update() -> None:
-            records = read_progress(uri)
-            if records:
-                latest = max(records.values(), key=lambda r: r["time"])
-                shown.set(sum(r["done"] for r in records.values()), latest["message"])
-
-        thread = threading.Thread(target=poll, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
-            shown_update()

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from cluster.errors import PrismError, RunError, UserError, redact
+from cluster.metrics import SPENT, WorkerMetrics
 from cluster.resources import ActorResources
 from cluster.session import cluster_totals
 
@@ -58,17 +59,20 @@ class Guarded:
     def __init__(self, stage: ActorStage):
         torch.set_num_threads(stage.resources.threads)
         self.name = stage.name
+        self.metrics = WorkerMetrics(stage.name, stage.resources.threads)
         self.inner: Callable[[Row], Row] | None = None
         # An actor that cannot start would be restarted for ever; its units say why instead.
         self.broken = self._reason(lambda: setattr(self, "inner", stage.factory(**stage.kwargs)), "start-up")
 
     def __call__(self, row: Row) -> Row:
-        """Run the stage on one row; a row that failed before passes through."""
+        """Run the stage on one row, which carries what all stages spent on it; one that failed passes through."""
         if row["error"]:
             return row
         done: list[Row] = []
-        reason = self.broken or self._reason(lambda: done.append(self.inner(row)), row["id"])  # type: ignore[misc]
-        return {"id": row["id"], "error": f"{self.name}: {reason}"} if reason else done[0]
+        spent = {name: row[name] for name in SPENT if name in row}
+        with self.metrics.unit(spent):
+            reason = self.broken or self._reason(lambda: done.append(self.inner(row)), row["id"])  # type: ignore[misc]
+        return ({"id": row["id"], "error": f"{self.name}: {reason}"} if reason else done[0]) | spent
 
     def _reason(self, action: Callable[[], object], what: str) -> str:
         """Why ``action`` failed, empty when it did not."""

@@ -13,6 +13,7 @@ import os
 import posixpath
 import shutil
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -153,6 +154,18 @@ def remove(uri: str) -> None:
     else:
         with contextlib.suppress(FileNotFoundError):
             fs.rm(path, recursive=True)
+
+
+def remove_files(uri: str, names: Sequence[str]) -> None:
+    """Delete files of a folder by name, many with one request where the store can; missing ones are fine."""
+    if not names:
+        return
+    fs, path = resolve(uri)
+    if isinstance(fs, LocalFileSystem):
+        for name in names:
+            Path(path, name).unlink(missing_ok=True)
+    else:
+        fs.rm([posixpath.join(path, name) for name in names])
 
 
 def check_writable(uri: str, field: str) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -22,3 +24,9 @@ class Worker:
     rank: int = 0
     world: int = 1
     wrap: Callable[[nn.Module], nn.Module] = lambda network: network
+
+    @property
+    def share(self) -> dict[str, Any]:
+        """``gpus`` that all of them have, or else ``cpus``: torch threads."""
+        gpu = self.device.startswith("cuda")
+        return {"gpus": float(self.world)} if gpu else {"cpus": float(self.world * torch.get_num_threads())}

@@ -118,11 +118,15 @@ def init(
 
 
 @app.command()
-def status(out: Annotated[str, typer.Argument(help="A run directory")]) -> None:
-    """Show what a run has done, from its directory alone."""
-    from pipeline.describe import print_status
+def status(
+    out: Annotated[str, typer.Argument(help="A run directory, local or s3://")],
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON, for programs.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Again and again while a driver works on it.")] = False,
+) -> None:
+    """Show what a run has done and is doing, from its directory alone."""
+    from pipeline.status_text import print_status
 
-    print_status(out)
+    print_status(out, as_json=as_json, watch=watch)
 
 
 @app.command()

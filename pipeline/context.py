@@ -10,7 +10,9 @@ from functools import cached_property
 
 from cluster import storage
 from cluster.errors import RunError, UserError
+from cluster.metrics import DriverMetrics
 from cluster.progress import StageProgress
+from cluster.record import RecordWriter
 from cluster.runner import ActorStage, Row, Runner
 from cluster.shards import labels_of
 from pipeline.config import Config
@@ -138,12 +140,20 @@ class Run:
             RunError: units failed; the rest was finished first.
         """
         results = []
-        with StageProgress(title, total, unit) as progress:
+        stage = title.strip()
+        uri, metrics = storage.join(self.out, "progress", stage), DriverMetrics(stage)
+        with (
+            StageProgress(title, total, unit) as progress,
+            RecordWriter(uri, unit, total, [row["id"] for row in rows]) as writer,
+        ):
             progress.resume(total - len(rows))
+            metrics.update(writer.record)
             for row in self.runner(rows, stages) if rows else ():
                 results.append(row)
                 if not row["error"]:
                     keep(row)
+                writer.add(row)
+                metrics.update(writer.record, row)
                 progress.advance(f"failed: {row['id']}" if row["error"] else "")
         raise_failures(title, results, len(rows))
         return results

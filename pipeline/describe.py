@@ -1,4 +1,4 @@
-"""What will be done and what has been done, for people."""
+"""What will be done and what came out, for people."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from cluster import storage
 from cluster.errors import UserError
-from cluster.progress import console, read_progress
+from cluster.progress import console
 from pipeline.config import Config
 from pipeline.plan import Estimate, estimate, make_plan
 from pipeline.preflight import check_networks
-from pipeline.rundir import read_run, read_seconds
 from stages.recover.unit import RecoverUnit
 from stages.relabel.unit import label_bytes
 from stages.teachers.describe import NetworkFacts
@@ -94,34 +92,6 @@ def print_plan(config: Config) -> None:
         f"students ({config.relabel.epochs} epochs of {found.images:,} images each)",
         soft_wrap=True,
     )
-
-
-def print_status(out: str) -> None:
-    """What a run has done."""
-    config = read_run(out)
-    count = class_count(config)
-    planned = len(make_plan(config, count))
-    done = len(storage.list_files(storage.join(out, "recovered"), ".parquet"))
-    teachers = [n for n in config.teachers if storage.exists(storage.join(out, "teachers", n, "card.json"))]
-    labels = {
-        n: len(storage.list_files(storage.join(out, "labels", n), ".parquet")) for n in ("distilled", "random_real")
-    }
-    results = storage.list_files(storage.join(out, "eval"), ".json")
-    seconds = read_seconds(out)
-    console.print(f"{config.name} ({config.recipe}) at {out}", soft_wrap=True)
-    console.print(f"teachers   {len(teachers)}/{len(config.teachers)}: {', '.join(teachers)}", soft_wrap=True)
-    console.print(f"recover    {done}/{planned} units")
-    console.print(f"relabel    {labels['distilled']} label shards, {labels['random_real']} of random_real")
-    console.print(f"evaluate   {len(results)} students")
-    for stage in ("squeeze", "recover", "train_students"):
-        for task, record in read_progress(storage.join(out, "progress", stage)).items():
-            if record["done"] < record["total"]:
-                console.print(
-                    f"  {stage} {task}: {record['done']:g}/{record['total']:g} {record['message']}",
-                    soft_wrap=True,
-                )
-    if seconds:
-        console.print("seconds    " + ", ".join(f"{k} {v:.0f}" for k, v in seconds.items()), soft_wrap=True)
 
 
 def results_table(results: list[dict]) -> Table:

@@ -95,6 +95,16 @@ def save_plan(out: str, units: Sequence[RecoverUnit]) -> None:
     storage.write_bytes(storage.join(out, PLAN_FILE), sink.getvalue())
 
 
+def plan_size(out: str) -> int | None:
+    """Units of a saved plan, None where there is none; reads its footer alone."""
+    fs, path = storage.resolve(storage.join(out, PLAN_FILE))
+    try:
+        with fs.open(path, "rb") as file:
+            return int(pq.read_metadata(file).num_rows)
+    except FileNotFoundError:
+        return None
+
+
 # One step of ResNet-18 at 224 px on 100 images takes 52 ms on an RTX 4090 with the published fp32 code
 # (29 h for 500 units of 4,000 steps); everything else is scaled from there by arithmetic work.
 REFERENCE_STEP_S = 0.052

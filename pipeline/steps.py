@@ -8,7 +8,8 @@ from typing import Any
 
 from cluster import storage
 from cluster.errors import UserError
-from cluster.progress import console, read_progress
+from cluster.progress import console
+from cluster.record import read_record
 from cluster.runner import ActorStage, Row
 from pipeline.context import DISTILLED, RANDOM_REAL, Run, raise_failures
 from pipeline.plan import save_plan
@@ -185,14 +186,12 @@ def report(run: Run) -> dict[str, Any]:
     ]
     stage = diversity_stage(feature_model, run.teachers[feature_model], run.ready.data, config.resources.validate_)
     found = run.drive("diversity", rows, [stage], "sets", len(rows))
-    attempts = [
-        record.get("attempt", 1) for record in read_progress(storage.join(run.out, "progress", "recover")).values()
-    ]
+    record = read_record(storage.join(run.out, "progress", "recover"))
     done = len(run.units) - len(recover_work(run).pending())
     summary = write_summary(
         config,
         read_results(run.out, jobs_of(run)),
-        units={"planned": len(run.units), "done": done, "retried": sum(attempts) - len(attempts)},
+        units={"planned": len(run.units), "done": done, "retried": record.retried if record else 0},
         diversity={"feature_model": feature_model, **{row["id"]: json.loads(row["result"]) for row in found}},
     )
     write_report(run.out)

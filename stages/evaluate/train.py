@@ -10,7 +10,8 @@ from typing import Any
 
 from cluster import storage
 from cluster.errors import RunError
-from cluster.progress import ProgressWriter, follow
+from cluster.follow import follow
+from cluster.progress import ProgressWriter
 from cluster.resources import TrainResources
 from cluster.runner import Row
 from cluster.worker import Worker
@@ -121,7 +122,7 @@ def train_jobs(out_uri: str, jobs: Iterable[StudentJob], data: DataSpec, worker:
 
             def say(epoch: int, job: StudentJob = job, writer: ProgressWriter = writer, title: str = title) -> None:
                 if worker.rank == 0:
-                    writer.update(epoch, job.epochs, f"{title} epoch {epoch}/{job.epochs}")
+                    writer.update(epoch, job.epochs, f"{title} epoch {epoch}/{job.epochs}", **worker.share)
 
             try:
                 train_job(store, decoded[1], data, worker, pool, say)

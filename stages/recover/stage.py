@@ -73,8 +73,8 @@ class RecoverStage:
         """Recover and commit a unit.
 
         Returns:
-            ``id``, ``error``, ``seconds``, ``loss_ce``, ``iterations``, ``attempt`` (starts, over all runs) and
-            ``sizes`` (bytes of the shards in ``folders``).
+            ``id``, ``error``, ``seconds``, ``images``, ``loss_ce``, ``iterations``, ``attempt`` (starts, over all runs)
+            and ``sizes`` (bytes of the shards in ``folders``).
 
         Raises:
             RunError: see ``recover_unit``; or the unit's worker was killed too often.
@@ -111,6 +111,7 @@ class RecoverStage:
             "id": unit.id,
             "error": "",
             "seconds": time.monotonic() - start,
+            "images": len(unit.classes),
             "loss_ce": result.loss_ce,
             "iterations": result.iterations,
             "attempt": attempts["attempt"],

@@ -11,7 +11,8 @@ import torch
 
 from cluster import storage
 from cluster.errors import RunError, UserError
-from cluster.progress import ProgressWriter, follow
+from cluster.follow import follow
+from cluster.progress import ProgressWriter
 from cluster.resources import Settled, TrainResources
 from cluster.rng import derive_seed
 from cluster.shards import Dataset, load_dataset
@@ -199,7 +200,7 @@ def run_jobs(arguments: dict[str, Any], indices: Iterable[int], worker: Worker) 
 
         def say(epochs: int, message: str, job: TeacherJob = job, writer: ProgressWriter = writer) -> None:
             if worker.rank == 0:
-                writer.update(epochs, job.steps, f"{job.name} {message}", force=True)
+                writer.update(epochs, job.steps, f"{job.name} {message}", force=True, **worker.share)
 
         if job.spec.weights is not None:
             adopt(out_uri, job, data, train, val, worker)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from cluster import progress, storage
-from cluster.progress import ProgressWriter, StageProgress, follow, read_progress
+from cluster import progress
+from cluster.progress import ProgressWriter, StageProgress, read_progress
 
 
 @pytest.fixture
@@ -83,16 +83,3 @@ def test_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "squeeze" in stream.getvalue()
     assert "3/3" in stream.getvalue()
     assert "resnet18" in stream.getvalue()
-
-
-def test_follow_sums_the_tasks_and_shows_the_latest(tmp_path: Path, printed: io.StringIO) -> None:
-    uri = str(tmp_path / "progress")
-    with follow(uri, "train", 10, "epochs"):
-        storage.write_json(storage.join(uri, "a.json"), {"done": 3, "total": 5, "message": "old", "time": 1})
-        storage.write_json(storage.join(uri, "b.json"), {"done": 4, "total": 5, "message": "new", "time": 2})
-    assert printed.getvalue().splitlines() == ["train      7/10 epochs, 0 s, 0 s left  new"]
-
-
-def test_follow_passes_errors_on(tmp_path: Path, printed: io.StringIO) -> None:
-    with pytest.raises(RuntimeError, match="worker"), follow(str(tmp_path), "train", 10, "epochs"):
-        raise RuntimeError("worker")

@@ -137,7 +137,8 @@ def test_rows_are_small_and_complete(serial: tuple[Path, list[Row]]) -> None:
     # Longest first: steps × networks.
     assert [row["id"] for row in rows] == [f"unit-0000{i}-00000" for i in (2, 3, 1, 0)]
     for row in rows:
-        assert set(row) == {"id", "error", "seconds", "loss_ce", "iterations", "attempt", "sizes"}
+        names = {"id", "error", "seconds", "images", "loss_ce", "iterations", "attempt", "sizes", "cpu_seconds"}
+        assert set(row) == names
         assert (row["error"], row["attempt"]) == ("", 1)
 
 
