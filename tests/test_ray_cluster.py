@@ -105,7 +105,9 @@ def test_credentials_come_from_instance_profiles(cluster):
     for node_type in cluster["available_node_types"].values():
         assert node_type["node_config"]["IamInstanceProfile"].keys() == {"Name"}
         assert node_type["node_config"]["MetadataOptions"] == {"HttpTokens": "required"}
-    assert "AWS_" not in str(cluster)
+    assert not re.search("AWS_(ACCESS|SECRET|SESSION|PROFILE)", str(cluster))
+    regions = re.findall(r"AWS_DEFAULT_REGION=([\w-]+)", str(cluster["setup_commands"]))
+    assert regions == [cluster["provider"]["region"]]
 
 
 def test_the_nodes_install_what_they_are_sent(cluster):
