@@ -12,8 +12,9 @@ class PrismError(Exception):
 
     exit_code = 1
 
-    def __str__(self) -> str:
-        return redact(super().__str__())
+    def __init__(self, *args: object):
+        # Here, where the environment is that of the failure: the sentence may be said and logged anywhere.
+        super().__init__(*(redact(each) if isinstance(each, str) else each for each in args))
 
 
 class UserError(PrismError):

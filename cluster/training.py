@@ -12,7 +12,7 @@ import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster import storage
-from cluster.errors import PrismError, RunError, UserError
+from cluster.errors import PrismError, RunError, UserError, redact
 from cluster.progress import console
 from cluster.resources import Settled, TrainResources, fit_groups
 from cluster.session import cluster_totals
@@ -232,5 +232,5 @@ def _lost_worker(error: BaseException) -> bool:
 
 
 def _last_line(error: BaseException) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    lines = [line for line in redact(str(error)).strip().splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__
