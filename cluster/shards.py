@@ -7,10 +7,12 @@ which is what Hugging Face ``datasets`` writes and reads. Class names stand in t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -40,6 +42,9 @@ RECOVERED_FIELDS: list[pa.Field] = [
 DATASET_FILE = "dataset.json"
 # Shards read at the same time where only a part of each is wanted: waiting for an object store, not computing.
 READERS = 16
+# One request of an object store while a shard is read from end to end.
+READ_BYTES = 32 * 2**20
+DECODE_BYTES = 8 * 2**20
 
 
 def _hf_feature(field: pa.Field, class_names: list[str]) -> dict[str, Any]:
@@ -85,24 +90,58 @@ def write_shard(uri: str, table: pa.Table, **parquet_options: Any) -> int:
     return len(data)
 
 
-def read_shard(uri: str, columns: list[str] | None = None) -> pa.Table:
+def read_shard(uri: str, columns: list[str] | None = None, name: str | None = None) -> pa.Table:
     """A shard as a table.
+
+    Args:
+        uri: of the shard.
+        columns: to read. None: all.
+        name: named in errors instead of ``uri``, which may be a copy.
 
     Raises:
         UserError: the file is missing, is no Parquet file or fails its checksums.
     """
+    with _open_shard(uri, name or uri) as file:
+        return pq.read_table(file, columns=columns, page_checksum_verification=True)
+
+
+def read_array(uri: str, column: str) -> NDArray[Any]:
+    """A column of fixed-size lists as an array [rows, list size], in little more memory than the array's own.
+
+    The file is read in large sequential pieces.
+
+    Raises:
+        UserError: see ``read_shard``.
+    """
+    with _open_shard(uri, uri) as stream:
+        file = pq.ParquetFile(stream, buffer_size=READ_BYTES, page_checksum_verification=True)
+        kind = file.schema_arrow.field(column).type
+        out = np.empty((file.metadata.num_rows, kind.list_size), kind.value_type.to_pandas_dtype())
+        at = 0
+        # Decoded in parts: Arrow takes several times what it decodes.
+        rows = max(1, DECODE_BYTES // max(1, kind.list_size * out.itemsize))
+        for batch in file.iter_batches(rows, columns=[column], use_threads=False):
+            out[at : at + len(batch)] = batch.column(0).flatten().to_numpy().reshape(len(batch), -1)
+            at += len(batch)
+    return out
+
+
+@contextlib.contextmanager
+def _open_shard(uri: str, name: str) -> Iterator[Any]:
+    """A shard's file, and words for what is wrong with it."""
     fs, path = storage.resolve(uri)
     try:
-        with fs.open(path, "rb") as file:
-            return pq.read_table(file, columns=columns, page_checksum_verification=True)
+        # Arrow asks for what it needs in pieces that are large enough; a cache would fetch more than that.
+        with fs.open(path, "rb", cache_type="none") as file:
+            yield file
     except FileNotFoundError:
-        raise UserError(f"{uri}: no such shard") from None
+        raise UserError(f"{name}: no such shard") from None
     except (pa.ArrowException, OSError) as error:
         # Arrow reports a wrong checksum as an OSError; others are troubles of the storage, which pass.
         if isinstance(error, OSError) and "CRC" not in str(error):
             raise
         raise UserError(
-            f"{uri}: not a readable Parquet file ({error}); delete it and run again, or import the data again"
+            f"{name}: not a readable Parquet file ({error}); delete it and run again, or import the data again"
         ) from None
 
 

@@ -25,6 +25,8 @@ from cluster.errors import PrismError, UserError, first_line
 from cluster.objectstore import ObjectStore
 
 S3 = ("s3", "s3a")
+# Of a file on its way to the disk, in memory at a time.
+PIECE_BYTES = 128 * 2**20
 
 
 def is_local(uri: str) -> bool:
@@ -96,12 +98,17 @@ def list_files(uri: str, suffix: str = "") -> dict[str, int]:
 
     One listing, a request for every 1,000 files. A missing folder is an empty one.
     """
+    return {name: int(entry["size"] or 0) for name, entry in list_entries(uri, suffix).items()}
+
+
+def list_entries(uri: str, suffix: str = "") -> dict[str, dict[str, Any]]:
+    """``list_files`` with all that the file system says of each file (size, time, tag, as it calls them)."""
     fs, path = resolve(uri)
     try:
         entries = fs.list_folder(path) if isinstance(fs, ObjectStore) else fs.ls(path, detail=True)
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    files = {posixpath.basename(e["name"]): int(e["size"] or 0) for e in entries if e["type"] == "file"}
+    files = {posixpath.basename(e["name"]): e for e in entries if e["type"] == "file"}
     # The console of an object store leaves an object without a name where somebody made a folder.
     return {n: files[n] for n in sorted(files) if n and n.endswith(suffix) and not n.startswith(".tmp-")}
 
@@ -111,6 +118,20 @@ def read_bytes(uri: str) -> bytes:
     fs, path = resolve(uri)
     data: bytes = fs.cat_file(path)
     return data
+
+
+def file_size(uri: str) -> int:
+    """Bytes of a file."""
+    fs, path = resolve(uri)
+    return int(fs.size(path))
+
+
+def download(uri: str, target: Path, size: int) -> None:
+    """Copy a file of ``size`` bytes to a local path: one request, or one after the other for ``PIECE_BYTES`` each."""
+    fs, path = resolve(uri)
+    with target.open("wb") as file:
+        for start in range(0, size, PIECE_BYTES):
+            file.write(fs.cat_file(path, start=start, end=min(size, start + PIECE_BYTES)))
 
 
 def write_bytes(uri: str, data: bytes) -> None:

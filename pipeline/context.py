@@ -56,7 +56,8 @@ class Run:
     @cached_property
     def label_units(self) -> list[LabelUnit]:
         """Label shards of an image set."""
-        return plan_units(self.config.recover.ipc * self.ready.data.num_classes, self.config.relabel)
+        classes = self.ready.data.num_classes
+        return plan_units(self.config.recover.ipc * classes, classes, self.config.relabel)
 
     @cached_property
     def image_identity(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -18,6 +19,9 @@ from s3.stores import STORES
 os.environ.pop("RAY_ADDRESS", None)
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Ray's workers inherit it: what tests decode and fetch must not stay in the user's cache.
+_CACHE = tempfile.TemporaryDirectory(prefix="prism-tests-")
+os.environ["PRISM_CACHE"] = os.path.join(_CACHE.name, "cache")
 
 SHARED = Path(os.environ.get("PRISM_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 

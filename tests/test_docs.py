@@ -307,7 +307,7 @@ def small_run(tmp_path, monkeypatch) -> Path:
         shards.write_shard(str(out / "recovered" / f"unit-{index:05d}-00000.parquet"), table)
     options = RelabelOptions(epochs=2, batch=4)
     count = ipc * len(classes)
-    for unit in plan_units(count, options):
+    for unit in plan_units(count, len(classes), options):
         views = [draw_views(0, e, count, size, options) for e in range(unit.epoch_start, unit.epoch_stop)]
         logits = rng.standard_normal((unit.num_rows, len(classes))).astype(np.float16)
         metadata = {"class_names": classes, "identity": "x", "seed": 0}

@@ -74,7 +74,7 @@ class StudentTraining:
     ):
         self.protocol, self.data, self.epochs, self.seed = protocol, data, epochs, seed
         self.device, self.rank, self.world = torch.device(worker.device), worker.rank, worker.world
-        self.images, self.labels = images.images.to(self.device), images.labels
+        self.images, self.labels = images.images_near(self.device), images.labels
         self.slices = batch_slices(len(images), protocol.batch, self.world)
         if not self.slices:
             raise UserError(
@@ -134,7 +134,7 @@ class StudentTraining:
         lr = self.protocol.lr * lr_multiplier(self.protocol, progress)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        x = labels.render(self.images, positions, self.data).contiguous(memory_format=self._layout)
+        x = labels.render(self.images, positions, self.data, self.device).contiguous(memory_format=self._layout)
         loss = student_loss(
             self.protocol,
             self.model(x),

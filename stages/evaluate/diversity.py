@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -34,13 +36,23 @@ def classifier_of(network: nn.Module) -> nn.Module:
     return (linear or point)[-1]
 
 
-def features(teacher: Teacher, images: ImageSet, data: DataSpec, batch: int = 100) -> NDArray[np.float64]:
+def features(
+    teacher: Teacher, images: ImageSet, data: DataSpec, ids: NDArray[np.int64] | None = None, batch: int = 100
+) -> NDArray[np.float64]:
     """Penultimate features: what goes into the teacher's classifier, averaged over positions if it has any.
 
+    Args:
+        teacher: whose features.
+        images: the set.
+        data: normalisation.
+        ids: n image ids. None: all.
+        batch: images of a forward pass.
+
     Returns:
-        float64 [N, D].
+        float64 [n, D].
     """
     device = next(teacher.parameters()).device
+    chosen = torch.arange(len(images)) if ids is None else torch.from_numpy(ids)
     out: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -50,35 +62,42 @@ def features(teacher: Teacher, images: ImageSet, data: DataSpec, batch: int = 10
     handle = classifier_of(teacher.network).register_forward_pre_hook(keep)
     try:
         with torch.inference_mode():
-            for start in range(0, len(images), batch):
-                teacher(data.normalise(images.images[start : start + batch].to(device)))
+            for part in chosen.split(batch):
+                teacher(data.normalise(images.images[part].to(device)))
     finally:
         handle.remove()
     return torch.cat(out).numpy()
 
 
-def class_cosine(values: NDArray[np.float64], labels: NDArray[np.int64]) -> dict[str, Any]:
-    """Cosine similarity over all pairs of images of the same class.
+def class_cosine(
+    features_of: Callable[[NDArray[np.int64]], NDArray[np.float64]], labels: NDArray[np.int64]
+) -> dict[str, Any]:
+    """Cosine similarity over all pairs of images of the same class, one class in memory at a time.
 
     Args:
-        values: features [N, D].
-        labels: [N].
+        features_of: image ids [n] → features [n, D].
+        labels: [N], by image id.
 
     Returns:
         ``cosine_mean`` and ``cosine_std`` (population) over the pairs of all classes, ``per_class``: mean of
         each class in label order. None where there is no pair.
     """
-    unit = values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)
-    pairs = []
+    parts: list[tuple[int, float, float]] = []  # pairs, their mean, their summed squared distances from it
     for label in range(int(labels.max()) + 1):
-        members = unit[labels == label]
-        upper = np.triu_indices(len(members), k=1)
-        pairs.append((members @ members.T)[upper])
-    every = np.concatenate(pairs)
+        ids = np.flatnonzero(labels == label)
+        values = features_of(ids) if len(ids) > 1 else np.zeros((0, 1))
+        unit = values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)
+        pairs = (unit @ unit.T)[np.triu_indices(len(unit), k=1)]
+        mean = float(pairs.mean()) if len(pairs) else 0.0
+        parts.append((len(pairs), mean, float(((pairs - mean) ** 2).sum())))
+    count = sum(n for n, _, _ in parts)
+    mean = math.fsum(n * m for n, m, _ in parts) / count if count else 0.0
+    # Between the classes and within them.
+    squares = math.fsum(s + n * (m - mean) ** 2 for n, m, s in parts)
     return {
-        "cosine_mean": float(every.mean()) if len(every) else None,
-        "cosine_std": float(every.std()) if len(every) else None,
-        "per_class": [float(p.mean()) if len(p) else None for p in pairs],
+        "cosine_mean": mean if count else None,
+        "cosine_std": math.sqrt(squares / count) if count else None,
+        "per_class": [m if n else None for n, m, _ in parts],
     }
 
 
@@ -99,8 +118,8 @@ class DiversityStage:
     def __call__(self, row: Row) -> Row:
         """``uri`` of a folder of recovered shards → ``result``, JSON of ``class_cosine``."""
         images = load_image_set(row["uri"], self.data)
-        result = class_cosine(features(self.teacher, images, self.data), images.labels.numpy())
-        return {"id": row["id"], "error": "", "result": json.dumps(result)}
+        found = class_cosine(lambda ids: features(self.teacher, images, self.data, ids), images.labels.numpy())
+        return {"id": row["id"], "error": "", "result": json.dumps(found)}
 
 
 def diversity_stage(name: str, spec: TeacherSpec, data: DataSpec, resources: ActorResources) -> ActorStage:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import io
+import json
 from typing import Any
 
 import torch
@@ -38,9 +39,18 @@ class StudentStore:
         """Keep the weights of a validated epoch."""
         save_weights(self.weights_uri(epoch), weights)
 
-    def load_weights(self, epoch: int) -> dict[str, Tensor]:
-        """The weights of a validated epoch."""
-        return load_state(self.weights_uri(epoch))
+    def load_weights(self, epoch: int, training: str | None = None) -> dict[str, Tensor]:
+        """The weights of a validated epoch, on an object store fetched once per node.
+
+        Args:
+            epoch: from 1.
+            training: see ``training``, where known; spares a request.
+        """
+        return load_state(self.weights_uri(epoch), version=training)
+
+    def training(self) -> str:
+        """What tells this training from another one of the same job: what it took and how its loss went."""
+        return json.dumps(self.trained(), sort_keys=True)
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Keep what training can go on from."""

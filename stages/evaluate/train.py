@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
@@ -16,36 +16,15 @@ from cluster.resources import TrainResources
 from cluster.runner import Row
 from cluster.worker import Worker
 from stages.data import DataSpec
-from stages.evaluate.core import ReadEpoch, StudentTraining, new_student, train_student
+from stages.evaluate.core import StudentTraining, new_student, train_student
 from stages.evaluate.jobs import StudentJob
 from stages.evaluate.store import StudentStore
 from stages.imageset import ImageSet, load_image_set
-from stages.relabel.store import EpochLabels, LabelReader
+from stages.relabel.store import LabelReader
 from stages.training import torch_threads
 
 # A state is three times the weights; a kill then loses about a minute.
 STATE_INTERVAL_S = 60.0
-
-
-class ReadAhead:
-    """Reads the next epoch while the current one is trained.
-
-    Args:
-        read: reads an epoch.
-        epochs: in all.
-        pool: of one thread.
-    """
-
-    def __init__(self, read: ReadEpoch, epochs: int, pool: ThreadPoolExecutor):
-        self._read, self._epochs, self._pool = read, epochs, pool
-        self._next: dict[int, Future[EpochLabels]] = {}
-
-    def __call__(self, epoch: int) -> EpochLabels:
-        """Labels of an epoch."""
-        current = self._next.pop(epoch, None) or self._pool.submit(self._read, epoch)
-        if epoch + 1 < self._epochs:
-            self._next[epoch + 1] = self._pool.submit(self._read, epoch + 1)
-        return current.result()
 
 
 def train_students(
@@ -170,8 +149,7 @@ def train_job(
     elif worker.rank == 0:
         storage.remove(store.folder)
     start = kept = time.monotonic()
-    epochs = ReadAhead(LabelReader(job.labels_uri, data).read_epoch, job.epochs, pool)
-    for _ in train_student(training, epochs):
+    for _ in train_student(training, LabelReader(job.labels_uri, data, pool).read_epoch):
         say(training.epoch)
         if worker.rank != 0:
             continue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
@@ -12,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cluster import shards, storage
+from cluster import shards
+from cluster.nodecache import node_cache
 from cluster.progress import StageProgress
 from cluster.resources import ActorResources
 from cluster.runner import ActorStage, Row, Runner
@@ -56,7 +56,7 @@ class ValidateStage:
     """Counts the hits of all kept epochs of one job on one slice of the validation images.
 
     Networks are built once per architecture, weights are loaded one epoch at a time, decoded slices are kept
-    within ``CACHE_BYTES``, and weights on an object store are fetched once per job.
+    within ``CACHE_BYTES``, and what lies on an object store is fetched once per node.
 
     Args:
         out_uri: the run directory.
@@ -73,17 +73,20 @@ class ValidateStage:
         self.device = pick_device(gpu)
         self.networks: dict[str, nn.Module] = {}
         self.decoded: OrderedDict[tuple[int, int], tuple[Tensor, Tensor]] = OrderedDict()
-        self.fetched: tuple[str, tempfile.TemporaryDirectory[str]] | None = None
+        self.trainings: dict[str, str] = {}
+        self.cache = node_cache()
 
     def __call__(self, row: Row) -> Row:
         """``job`` on ``start:stop`` of ``shard`` → ``images`` and ``counts``, JSON of (epoch, top1, top5)."""
         job = self.jobs[row["job"]]
         pixels, labels = self._slice(row["shard"], row["start"], row["stop"])
         network = self._network(job)
-        store = self._store(job)
+        store = StudentStore(self.out_uri, job)
+        if job.id not in self.trainings:
+            self.trainings[job.id] = store.training()
         counts = []
         for epoch in job.val_epochs:
-            network.load_state_dict(store.load_weights(epoch))
+            network.load_state_dict(store.load_weights(epoch, self.trainings[job.id]))
             counts.append([epoch, *count_correct(network, pixels, labels, self.data)])
         return {
             "id": row["id"],
@@ -101,22 +104,12 @@ class ValidateStage:
             self.networks[key] = network.to(device=self.device, memory_format=layout).eval()  # type: ignore[call-overload]
         return self.networks[key]
 
-    def _store(self, job: StudentJob) -> StudentStore:
-        if storage.is_local(self.out_uri):
-            return StudentStore(self.out_uri, job)
-        if self.fetched is None or self.fetched[0] != job.id:
-            folder = tempfile.TemporaryDirectory(prefix="prism-")
-            local, remote = StudentStore(folder.name, job), StudentStore(self.out_uri, job)
-            for epoch in job.val_epochs:
-                storage.write_bytes(local.weights_uri(epoch), storage.read_bytes(remote.weights_uri(epoch)))
-            self.fetched = job.id, folder
-        return StudentStore(self.fetched[1].name, job)
-
     def _slice(self, shard: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
         key = (shard, start)
         if key not in self.decoded:
             uri = self.dataset.shard_uri(shard)
-            table = shards.read_shard(uri, ["image", "label"]).slice(start, stop - start)
+            local = self.cache.local(uri, version=self.dataset.fingerprint)
+            table = shards.read_shard(local, ["image", "label"], name=uri).slice(start, stop - start)
             self.decoded[key] = decode_rows(table, self.data, f"{uri} from row {start}")
             while len(self.decoded) > 1 and sum(p.nbytes for p, _ in self.decoded.values()) > CACHE_BYTES:
                 self.decoded.popitem(last=False)

@@ -56,10 +56,10 @@ class TeacherStage:
         seed: int,
         gpu: bool,
     ):
-        device = pick_device(gpu)
+        self.device = pick_device(gpu)
         self.name, self.data, self.options, self.seed, self.images_uri = name, data, options, seed, images_uri
-        self.images = load_image_set(images_uri, data).images.to(device)
-        self.teacher = load_teacher(name, spec, data, device)
+        self.images = load_image_set(images_uri, data).images_near(self.device)
+        self.teacher = load_teacher(name, spec, data, self.device)
 
     def __call__(self, row: Row) -> Row:
         """Label a unit.
@@ -81,16 +81,18 @@ class TeacherStage:
     @torch.inference_mode()
     def label(self, unit: LabelUnit) -> NDArray[np.float32]:
         """Logits [unit.num_rows, C]; every label batch is forwarded alike, whatever unit it is in."""
-        epoch, views, out = -1, None, []
+        epoch, views, done = -1, None, 0
+        out = np.empty((unit.num_rows, self.data.num_classes), np.float32)
         for at_epoch, start, stop in unit.batches(self.options.batch):
             if views is None or at_epoch != epoch:
                 epoch = at_epoch
                 views = draw_views(self.seed, epoch, unit.num_images, self.data.image_size, self.options)
             ids = views.order[start:stop]
             for first in range(0, len(ids), MAX_FORWARD):
-                x = render_views(self.images, views, ids[first : first + MAX_FORWARD], self.data)
-                out.append(self.teacher(x).float().cpu().numpy())
-        return np.concatenate(out)
+                x = render_views(self.images, views, ids[first : first + MAX_FORWARD], self.data, self.device)
+                out[done : done + len(x)] = self.teacher(x).float().cpu().numpy()
+                done += len(x)
+        return out
 
 
 class CommitStage:
@@ -122,11 +124,15 @@ class CommitStage:
             RunError: a combined logit exceeds the range of fp16.
         """
         unit = LabelUnit.model_validate_json(row["unit"])
-        # A copy, because what comes from another actor is read-only memory.
-        teachers = [torch.from_numpy(row[_column(name)].copy()) for name in self.options.teachers]
-        sizes = [stop - start for _, start, stop in unit.batches(self.options.batch)]
-        parts = zip(*(z.split(sizes) for z in teachers), strict=True)
-        logits = torch.cat([combine(part, self.options) for part in parts]).to(torch.float16).numpy()
+        teachers = [row[_column(name)] for name in self.options.teachers]
+        logits = np.empty(teachers[0].shape, np.float16)
+        done = 0
+        for _, start, stop in unit.batches(self.options.batch):
+            part = slice(done, done + stop - start)
+            # Copies, because what comes from another actor is read-only memory, which is not to be held twice.
+            combined = combine([torch.from_numpy(z[part].copy()) for z in teachers], self.options)
+            logits[part] = combined.to(torch.float16).numpy()
+            done = part.stop
         if not np.isfinite(logits).all():
             raise RunError(f"{unit.id}: combined logits exceed ±65504, the range of fp16; check the teachers' weights")
         epochs = range(unit.epoch_start, unit.epoch_stop)

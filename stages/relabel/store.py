@@ -7,14 +7,18 @@ images: any training batch size is a slice of positions, and a mixing partner ma
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -26,6 +30,8 @@ from stages.relabel.views import EpochViews, render_views
 
 SHARD_NAME = re.compile(r"labels-(\d+)-(\d+)\.parquet")
 AGAIN = "run the relabel stage again"
+VIEW_COLUMNS = ["epoch", "position", "image_id", "crop", "flip", "mix_partner", "mix_lambda", "mix_box"]
+T = TypeVar("T")
 
 
 def label_schema(num_classes: int, metadata: dict[str, Any]) -> pa.Schema:
@@ -118,6 +124,40 @@ def _to_numpy(column: pa.ChunkedArray) -> NDArray[Any]:
     return array.to_numpy(zero_copy_only=False)
 
 
+class EpochLogits:
+    """The logits of an epoch, float16 [N, C], indexed by positions; read shard by shard as they are asked for.
+
+    Args:
+        reader: holds the shards in use.
+        shard: int32 [N], index of the shard that holds a position.
+        row: int32 [N], row there.
+        num_classes: C.
+    """
+
+    dtype = np.dtype(np.float16)
+
+    def __init__(self, reader: LabelReader, shard: NDArray[np.int32], row: NDArray[np.int32], num_classes: int):
+        self._reader, self._shard, self._row = reader, shard, row
+        self.shape = (len(row), num_classes)
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self._row)
+
+    def __getitem__(self, positions: NDArray[np.int64] | slice) -> NDArray[np.float16]:
+        """Logits of some positions, in their order."""
+        shard, row = self._shard[positions], self._row[positions]
+        out = np.empty((len(row), self.shape[1]), np.float16)
+        for index in np.unique(shard):
+            here = shard == index
+            out[here] = self._reader.shard_logits(int(index))[row[here]]
+        return out
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        """All of them in memory."""
+        return self[:].astype(dtype or self.dtype, copy=False)
+
+
 @dataclass(frozen=True)
 class EpochLabels:
     """All labels of one epoch.
@@ -128,29 +168,44 @@ class EpochLabels:
     """
 
     views: EpochViews
-    logits: NDArray[np.float16]
+    logits: NDArray[np.float16] | EpochLogits
 
     @property
     def order(self) -> NDArray[np.int64]:
         """int64 [N], position → image id."""
         return self.views.order
 
-    def render(self, images: Tensor, positions: NDArray[np.int64] | slice, data: DataSpec) -> Tensor:
+    def render(
+        self,
+        images: Tensor,
+        positions: NDArray[np.int64] | slice,
+        data: DataSpec,
+        device: torch.device | None = None,
+    ) -> Tensor:
         """The very pixels that the teachers labelled.
 
         Args:
             images: uint8 [N, C, S, S], rows are image ids.
             positions: which rows of the epoch, B of them.
             data: normalisation.
+            device: where to compute. None: where ``images`` are.
 
         Returns:
-            Normalised float32 [B, C, S, S] on the device of ``images``.
+            Normalised float32 [B, C, S, S] on ``device``.
         """
-        return render_views(images, self.views, self.order[positions], data)
+        return render_views(images, self.views, self.order[positions], data, device)
 
 
 class LabelReader:
-    """Reads a folder of label shards epoch by epoch.
+    """Reads a folder of label shards, epoch by epoch and within an epoch in the order of positions.
+
+    In memory are the views of one epoch (some 60 bytes an image) and the logits of one shard; with a ``pool``, those
+    that come next as well.
+
+    Args:
+        uri: folder of label shards.
+        data: whose classes the labels must be of. None: any.
+        pool: a thread that reads ahead. None: what is needed is read when it is needed.
 
     Attributes:
         metadata: what the labels were made with: ``class_names``, ``ensemble``, ``teachers``, ``identity``,
@@ -160,28 +215,36 @@ class LabelReader:
         RunError: no labels, or of other classes than ``data``'s (when given).
     """
 
-    def __init__(self, uri: str, data: DataSpec | None = None):
+    def __init__(self, uri: str, data: DataSpec | None = None, pool: ThreadPoolExecutor | None = None):
         self.uri = uri
-        self._names: dict[int, list[str]] = {}
-        for name in storage.list_files(uri, ".parquet"):
-            if match := SHARD_NAME.fullmatch(name):
-                self._names.setdefault(int(match[1]), []).append(name)
-        first = self._names[min(self._names)][0] if self._names else None
-        found = shards.shard_metadata(storage.join(uri, first)) if first else None
-        if found is None:
+        found = [
+            (int(m[1]), int(m[2]), m[0]) for n in storage.list_files(uri, ".parquet") if (m := SHARD_NAME.fullmatch(n))
+        ]
+        # By first epoch and first position: the order in which they are read.
+        self._names = [name for _, _, name in sorted(found)]
+        self._starts: dict[int, list[int]] = {}
+        for index, (start, _, _) in enumerate(sorted(found)):
+            self._starts.setdefault(start, []).append(index)
+        metadata = shards.shard_metadata(storage.join(uri, self._names[0])) if found else None
+        if metadata is None:
             raise RunError(f"{uri}: no readable label shards; {AGAIN}")
-        self.metadata: dict[str, Any] = found
-        if data is not None and found["class_names"] != list(data.class_names):
+        self.metadata: dict[str, Any] = metadata
+        if data is not None and metadata["class_names"] != list(data.class_names):
             raise RunError(f"{uri}: the labels are of other classes, or in another order, than the data; {AGAIN}")
-        self._loaded: tuple[int, dict[str, NDArray[Any]]] | None = None
+        self._views = _Window(self._read_views, sorted(self._starts), pool)
+        self._logits = _Window(self._read_logits, list(range(len(self._names))), pool)
 
     def read_epoch(self, epoch: int) -> EpochLabels:
-        """Labels of one epoch; reading epochs in order opens every shard once.
+        """Labels of one epoch; reading epochs in order reads everything once.
 
         Raises:
-            RunError: the epoch is not there as a whole, or its shards belong to different runs.
+            RunError: the epoch is not there as a whole, or its shards belong to different runs. Damage of the logits
+                shows when they are asked for.
         """
-        columns = self._load(max((start for start in self._names if start <= epoch), default=-1))
+        start = max((start for start in self._starts if start <= epoch), default=None)
+        if start is None:
+            raise RunError(f"{self.uri}: labels of the first epochs are missing; {AGAIN}")
+        columns = self._views[start]
         rows = np.flatnonzero(columns["epoch"] == epoch)
         rows = rows[np.argsort(columns["position"][rows], kind="stable")]
         ids, total = columns["image_id"][rows], self.metadata["num_images"]
@@ -197,27 +260,76 @@ class LabelReader:
             box=columns["mix_box"][by_image],
             order=ids,
         )
-        return EpochLabels(views, columns["logits"][rows])
+        classes = len(self.metadata["class_names"])
+        return EpochLabels(views, EpochLogits(self, columns["shard"][rows], columns["row"][rows], classes))
 
-    def _load(self, start: int) -> dict[str, NDArray[Any]]:
-        """Columns of the shards whose first epoch is ``start``; the last ones are kept."""
-        loaded = self._loaded
-        if loaded is None or loaded[0] != start:
-            loaded = self._loaded = None  # frees the memory before the next shards are read
-            tables = [self._read(name) for name in self._names.get(start, [])]
-            if not tables:
-                raise RunError(f"{self.uri}: labels of the first epochs are missing; {AGAIN}")
-            table = pa.concat_tables(tables)
-            self._loaded = loaded = start, {name: _to_numpy(table[name]) for name in table.column_names}
-        return loaded[1]
+    def shard_logits(self, index: int) -> NDArray[np.float16]:
+        """Logits of the shard that is ``index``-th in reading order, by row.
 
-    def _read(self, name: str) -> pa.Table:
-        uri = storage.join(self.uri, name)
-        try:
-            table = shards.read_shard(uri)
-        except PrismError:
-            raise RunError(f"{uri}: not a readable label shard; delete it and run again") from None
-        metadata = json.loads(table.schema.metadata[b"prism"])
-        if any(metadata.get(key) != self.metadata[key] for key in ("identity", "num_images", "class_names")):
-            raise RunError(f"{uri}: belongs to another run than the shards beside it; {AGAIN}")
-        return table.replace_schema_metadata(None)
+        Raises:
+            RunError: it is damaged.
+        """
+        return self._logits[index]
+
+    def _read_views(self, start: int) -> dict[str, NDArray[Any]]:
+        """All but the logits of the shards whose first epoch is ``start``; a row's place is ``shard`` and ``row``."""
+        tables = []
+        for index in self._starts[start]:
+            uri = storage.join(self.uri, self._names[index])
+            with _damage(uri):
+                table = shards.read_shard(uri, VIEW_COLUMNS)
+            metadata = json.loads(table.schema.metadata[b"prism"])
+            if any(metadata.get(key) != self.metadata[key] for key in ("identity", "num_images", "class_names")):
+                raise RunError(f"{uri}: belongs to another run than the shards beside it; {AGAIN}")
+            tables.append(table.replace_schema_metadata(None))
+        table = pa.concat_tables(tables)
+        sizes = [len(t) for t in tables]
+        return {
+            **{name: _to_numpy(table[name]) for name in VIEW_COLUMNS},
+            "shard": np.repeat(np.array(self._starts[start], dtype=np.int32), sizes),
+            "row": np.concatenate([np.arange(size, dtype=np.int32) for size in sizes]),
+        }
+
+    def _read_logits(self, index: int) -> NDArray[np.float16]:
+        uri = storage.join(self.uri, self._names[index])
+        with _damage(uri):
+            return shards.read_array(uri, "logits")
+
+
+class _Window(Generic[T]):
+    """Values read by key; held are the last one asked for and, with a pool, the one after it.
+
+    Args:
+        read: reads the value of a key.
+        keys: in the order in which they are asked for.
+        pool: a thread that reads ahead.
+    """
+
+    def __init__(self, read: Callable[[int], T], keys: list[int], pool: ThreadPoolExecutor | None):
+        self._read, self._pool = read, pool
+        self._next = dict(pairwise(keys))
+        self._held: dict[int, Future[T]] = {}
+
+    def __getitem__(self, key: int) -> T:
+        following = self._next.get(key)
+        # Others first, which frees their memory before more is read.
+        self._held = {k: v for k, v in self._held.items() if k in (key, following)}
+        if key not in self._held:
+            self._held[key] = _done(self._read, key) if self._pool is None else self._pool.submit(self._read, key)
+        if self._pool is not None and following is not None and following not in self._held:
+            self._held[following] = self._pool.submit(self._read, following)
+        return self._held[key].result()
+
+
+def _done(read: Callable[[int], T], key: int) -> Future[T]:
+    future: Future[T] = Future()
+    future.set_result(read(key))
+    return future
+
+
+@contextlib.contextmanager
+def _damage(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except PrismError:
+        raise RunError(f"{uri}: not a readable label shard; delete it and run again") from None

@@ -7,6 +7,8 @@ from stages.relabel.options import RelabelOptions
 
 # A shard of 1000 classes is then about 17 MB: large enough for object stores, seconds to minutes of work.
 MAX_SHARD_ROWS = 8192
+# With many classes fewer rows: 64 MB of float32 that each teacher hands on for a unit, 32 MB as a shard.
+MAX_SHARD_LOGITS = 2**24
 # At least so many units where there are epochs enough: actors share work, and a kill loses little of it.
 MIN_UNITS = 16
 
@@ -46,14 +48,15 @@ class LabelUnit(Frozen):
         ]
 
 
-def plan_units(num_images: int, options: RelabelOptions) -> list[LabelUnit]:
-    """Cut epochs × positions into units of at most about ``MAX_SHARD_ROWS`` rows.
+def plan_units(num_images: int, num_classes: int, options: RelabelOptions) -> list[LabelUnit]:
+    """Cut epochs × positions into units of at most about ``MAX_SHARD_ROWS`` rows and ``MAX_SHARD_LOGITS`` logits.
 
     Label batches are never cut, so the ensemble's norms, and with them every label, do not depend on the
     partition.
     """
-    epochs = max(1, min(MAX_SHARD_ROWS // num_images, -(-options.epochs // MIN_UNITS)))
-    parts = -(-num_images // max(MAX_SHARD_ROWS, options.batch))
+    rows = min(MAX_SHARD_ROWS, MAX_SHARD_LOGITS // num_classes)
+    epochs = max(1, min(rows // num_images, -(-options.epochs // MIN_UNITS)))
+    parts = -(-num_images // max(rows, options.batch))
     positions = -(-num_images // (parts * options.batch)) * options.batch
     return [
         LabelUnit(

@@ -92,7 +92,13 @@ def _draw_boxes(rng: np.random.Generator, lam: NDArray[np.float64], size: int) -
     return np.stack([*low, *extent], axis=1)
 
 
-def render_views(images: Tensor, views: EpochViews, image_ids: NDArray[np.int64], data: DataSpec) -> Tensor:
+def render_views(
+    images: Tensor,
+    views: EpochViews,
+    image_ids: NDArray[np.int64],
+    data: DataSpec,
+    device: torch.device | None = None,
+) -> Tensor:
     """Pixels of some views.
 
     Only indexing and elementwise arithmetic in a fixed order: the result of an image has the same bits
@@ -103,19 +109,21 @@ def render_views(images: Tensor, views: EpochViews, image_ids: NDArray[np.int64]
         views: of the epoch.
         image_ids: int64 [B], which images.
         data: normalisation.
+        device: where to compute; those of the batch alone are moved there. None: where ``images`` are.
 
     Returns:
-        Normalised float32 [B, C, S, S] on the device of ``images``.
+        Normalised float32 [B, C, S, S] on ``device``.
     """
-    own = _crop_and_flip(images, views, image_ids)
+    device = device or images.device
+    own = _crop_and_flip(images, views, image_ids, device)
     partner = views.partner[image_ids]
     if np.any(partner != image_ids):
-        share = _own_share(views, image_ids, images)
-        own = own * share + _crop_and_flip(images, views, partner) * (1 - share)
+        share = _own_share(views, image_ids, images.shape[-1]).to(device)
+        own = own * share + _crop_and_flip(images, views, partner, device) * (1 - share)
     return data.normalise(own)
 
 
-def _crop_and_flip(images: Tensor, views: EpochViews, image_ids: NDArray[np.int64]) -> Tensor:
+def _crop_and_flip(images: Tensor, views: EpochViews, image_ids: NDArray[np.int64], device: torch.device) -> Tensor:
     """Un-mixed views, pixels 0 … 255 as float32 [B, C, S, S].
 
     Bilinear as ``interpolate(crop, S, align_corners=False)``: samples never reach outside the crop.
@@ -125,7 +133,7 @@ def _crop_and_flip(images: Tensor, views: EpochViews, image_ids: NDArray[np.int6
     flip = views.flip[image_ids][:, None]
     rows = _taps(top, height, size)
     columns = [np.where(flip, tap[:, ::-1], tap) for tap in _taps(left, width, size)]
-    pixels = images[torch.from_numpy(image_ids).to(images.device)]
+    pixels = images[torch.from_numpy(image_ids).to(images.device)].to(device)
     return _interpolate(_interpolate(pixels, 2, *rows), 3, *columns)
 
 
@@ -150,9 +158,8 @@ def _interpolate(x: Tensor, axis: int, lower: NDArray, upper: NDArray, weight: N
     return a * (1 - w) + b * w
 
 
-def _own_share(views: EpochViews, image_ids: NDArray[np.int64], like: Tensor) -> Tensor:
+def _own_share(views: EpochViews, image_ids: NDArray[np.int64], size: int) -> Tensor:
     """Weight of the own view at every pixel, [B, 1, S, S]: 0 inside a CutMix box and 1 outside, else λ."""
-    size = like.shape[-1]
     box = views.box[image_ids]
     top, left, height, width = np.rint(box * size).T[:, :, None]
     at = np.arange(size)
@@ -160,4 +167,4 @@ def _own_share(views: EpochViews, image_ids: NDArray[np.int64], like: Tensor) ->
     outside = np.where(box[:, 2] > 0, np.float32(1), views.lam[image_ids])
     inside = inside_y[:, :, None] & inside_x[:, None, :]
     share = np.where(inside, np.float32(0), outside[:, None, None])
-    return torch.from_numpy(share[:, None]).to(like.device)
+    return torch.from_numpy(share[:, None])

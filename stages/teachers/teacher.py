@@ -146,7 +146,8 @@ def load_teacher(name: str, spec: TeacherSpec, data: DataSpec, device: str | tor
             card = card_beside(spec.weights)
             num_outputs = _num_outputs(spec, card, data, field)
             network = build_network(spec, num_outputs, data.channels)
-            apply_weights(network, load_state(spec.weights), spec.key_map, f"{field}: {spec.weights}")
+            state = load_state(spec.weights, sha256=card.sha256 if card else None)
+            apply_weights(network, state, spec.key_map, f"{field}: {spec.weights}")
             teacher = _wrap(name, spec, network, num_outputs, data, card, None)
     except UserError as error:
         message = str(error)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import safetensors.torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from cluster import storage
 from cluster.errors import PrismError, UserError, first_line, some
+from cluster.nodecache import node_cache
 from stages.teachers.options import KeyMap
 
 # What torch.save writes: a zip archive, before torch 1.6 a bare pickle.
@@ -27,8 +29,15 @@ def read_weights_bytes(uri: str) -> bytes:
     Raises:
         UserError: it is missing or cannot be read.
     """
-    try:
+    with _readable(uri):
         return storage.read_bytes(uri)
+
+
+@contextlib.contextmanager
+def _readable(uri: str) -> Iterator[None]:
+    """Say in a sentence why a file cannot be read."""
+    try:
+        yield
     except PrismError:
         raise
     except FileNotFoundError:
@@ -40,27 +49,49 @@ def read_weights_bytes(uri: str) -> bytes:
         ) from None
 
 
-def load_state(uri: str) -> dict[str, Any]:
+def load_state(uri: str, *, sha256: str | None = None, version: str | None = None) -> dict[str, Any]:
     """Top level of a safetensors or torch file, local or ``s3://``, on the CPU; nothing is ever unpickled.
 
+    A local file is mapped, not copied: tensors are to be copied to where they are used. One on an object store is
+    fetched once per node (``cluster.nodecache``).
+
+    Args:
+        uri: of the file.
+        sha256: of its content, where known; checked when it is fetched.
+        version: what else tells its content from an earlier one's, where known.
+
     Raises:
-        UserError: missing, no weights file, or one that needs unpickling.
+        UserError: missing, no weights file, one that needs unpickling, or fetched with another sha256.
     """
-    return parse_state(read_weights_bytes(uri), uri)
+    with _readable(uri):
+        local = node_cache().local(uri, sha256=sha256, version=version)
+        path = storage.resolve(local)[1] if storage.is_local(local) else None
+        if path is not None:
+            with open(path, "rb") as file:
+                start = file.read(4)
+            source: str | bytes = path
+        else:
+            source = storage.read_bytes(uri)
+            start = source[:4]
+    return _parse(source, start, uri)
 
 
-def parse_state(content: bytes, what: str) -> dict[str, Any]:
-    """``load_state`` for bytes already read; ``what`` names them in errors."""
-    if not content.startswith(_TORCH_MAGIC):
+def _parse(source: str | bytes, start: bytes, what: str) -> dict[str, Any]:
+    """``load_state`` of a local path, or of bytes, that start with ``start``; ``what`` names them in errors."""
+    if not start.startswith(_TORCH_MAGIC):
         try:
-            return dict(safetensors.torch.load(content))
+            load = safetensors.torch.load_file if isinstance(source, str) else safetensors.torch.load
+            return dict(load(source))  # type: ignore[arg-type]
         except SafetensorError as error:
             raise UserError(
                 f"{what}: neither a safetensors nor a torch weights file ({error}); "
                 "save the network's state_dict with safetensors.torch.save_file"
             ) from None
     try:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        # Only archives can be mapped.
+        mapped = isinstance(source, str) and start.startswith(b"PK")
+        file = source if isinstance(source, str) else io.BytesIO(source)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError:
         raise UserError(
             f"{what}: reading this file needs unpickling, which can run foreign code, and is refused; load it where "

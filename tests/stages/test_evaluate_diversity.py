@@ -36,7 +36,7 @@ def by_loops(values: np.ndarray, labels: np.ndarray, classes: int) -> tuple[floa
 def test_cosine_equals_brute_force() -> None:
     rng = np.random.default_rng(0)
     values, labels = rng.normal(0.4, 1, (23, 6)), np.array([0] * 9 + [2] * 4 + [1] * 10)
-    found = class_cosine(values, labels)
+    found = class_cosine(values.__getitem__, labels)
     mean, std, per_class = by_loops(values, labels, 3)
     assert found["cosine_mean"] == pytest.approx(mean, rel=1e-12)
     assert found["cosine_std"] == pytest.approx(std, rel=1e-12)
@@ -44,10 +44,10 @@ def test_cosine_equals_brute_force() -> None:
 
 
 def test_equal_images_are_alike_and_single_ones_have_no_pair() -> None:
-    found = class_cosine(np.ones((3, 4)), np.array([0, 0, 2]))
+    found = class_cosine(np.ones((3, 4)).__getitem__, np.array([0, 0, 2]))
     assert (found["cosine_mean"], found["cosine_std"]) == pytest.approx((1, 0))
     assert found["per_class"] == [pytest.approx(1), None, None]
-    assert class_cosine(np.ones((2, 4)), np.array([0, 1]))["cosine_mean"] is None
+    assert class_cosine(np.ones((2, 4)).__getitem__, np.array([0, 1]))["cosine_mean"] is None
 
 
 class Wrapped(nn.Module):
@@ -72,6 +72,7 @@ def test_features_are_the_classifiers_input_whatever_the_batch() -> None:
         x = (pixels.float() / 255 - 0.2) / 0.3
         expected = torch.relu(teacher.network[1](body(x))).double().numpy()
     assert found.dtype == np.float64
+    assert features(teacher, images, DATA, np.array([7, 2])) == pytest.approx(expected[[7, 2]], abs=1e-6)
     assert found == pytest.approx(expected, abs=1e-6)
     assert not teacher.network[3]._forward_pre_hooks
 

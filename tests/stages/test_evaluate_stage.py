@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from cluster import shards, storage
+from cluster import nodecache, shards, storage
 from cluster.errors import RunError, UserError
 from cluster.progress import read_progress
 from cluster.resources import ActorResources, TrainResources
@@ -23,6 +24,7 @@ from cluster.runner import ActorStage, Row, run_ray, run_serial
 from cluster.worker import Worker
 from stages.data import DataSpec
 from stages.evaluate import train
+from stages.evaluate import validate as validate_stage
 from stages.evaluate.baselines import choose_real, random_real, random_real_uri
 from stages.evaluate.core import new_student
 from stages.evaluate.diversity import class_cosine
@@ -252,6 +254,36 @@ def test_unreadable_validation_image_is_named(case: Case) -> None:
     assert not Path(case.out, "eval", f"{case.jobs[0].id}.json").exists()
 
 
+def test_actors_of_a_node_fetch_weights_and_images_once(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = case.jobs[0]
+    train_serial(case, [job])
+    remote, val = "memory://node/out", "memory://node/val"
+    for source, target in ((StudentStore(case.out, job).folder, StudentStore(remote, job).folder), (case.val, val)):
+        for name in storage.list_files(source):
+            storage.write_bytes(storage.join(target, name), storage.read_bytes(storage.join(source, name)))
+    fetched: Counter[str] = Counter()
+    real = storage.download
+
+    def counting(uri: str, target: Path, size: int) -> None:
+        fetched[uri] += 1
+        real(uri, target, size)
+
+    monkeypatch.setattr(storage, "download", counting)
+    monkeypatch.setattr(nodecache, "JITTER_S", 0)
+    monkeypatch.setattr(validate_stage, "SLICE_ROWS", 50)
+    rows, arguments = [], ([job.model_dump_json()], case.data)
+    slices = list(validate_stage._slices(shards.load_dataset(case.val)))
+    assert len(slices) == 6
+    for out, dataset in ((case.out, case.val), (remote, val), (remote, val)):
+        actor = validate_stage.ValidateStage(out, *arguments, dataset, gpu=False)
+        rows.append(
+            [actor({"id": "x", "job": 0, "shard": k, "start": start, "stop": stop}) for k, start, stop in slices]
+        )
+    assert rows[0] == rows[1] == rows[2]
+    files = [StudentStore(remote, job).weights_uri(epoch) for epoch in (2, 4)]
+    assert fetched == dict.fromkeys([*files, *(f"{val}/part-0000{k}.parquet" for k in range(2))], 1)
+
+
 def test_top_five_of_three_classes_is_everything(case: Case) -> None:
     data = DataSpec(SIZE, 1, (0.0,), (1.0,), ("a", "b", "c"))
     network = new_student("x", CONV, data, 0).eval()
@@ -272,7 +304,8 @@ def test_random_real_images_are_the_chosen_ones(case: Case) -> None:
         assert np.array_equal(images.images[image_id].numpy(), expected)
     assert all(len(set(picks)) == IPC for picks in chosen)
     assert choose_real(shards.labels_of(dataset), 10, IPC, 1) != chosen
-    assert class_cosine(images.images.flatten(1).double().numpy(), images.labels.numpy())["cosine_mean"] > 0
+    pixels = images.images.flatten(1).double().numpy()
+    assert class_cosine(pixels.__getitem__, images.labels.numpy())["cosine_mean"] > 0
 
 
 def test_random_real_resumes_and_follows_the_configuration(case: Case) -> None:

@@ -100,7 +100,7 @@ def errors(rows: list[Row]) -> list[str]:
 def labels(setup, tmp_path_factory) -> Path:
     """All labels of the default options, made by the serial runner."""
     out = tmp_path_factory.mktemp("labels")
-    rows = list(run_serial(relabel_rows(plan_units(COUNT, options())), setup.stages(out, options())))
+    rows = list(run_serial(relabel_rows(plan_units(COUNT, CLASSES, options())), setup.stages(out, options())))
     assert not errors(rows)
     assert {frozenset(row) for row in rows} == {frozenset(["id", "error", "rows", "sizes"])}
     assert sum(row["rows"] for row in rows) == COUNT * 34
@@ -112,7 +112,7 @@ def labels(setup, tmp_path_factory) -> Path:
 def test_students_see_exactly_what_the_teachers_saw(setup, tmp_path, kind, batch):
     """Teachers label in batches of 50; a student slices positions in its own batches."""
     chosen = options(epochs=2, mix=Mix(kind=kind))
-    units = plan_units(COUNT, chosen)
+    units = plan_units(COUNT, CLASSES, chosen)
     seen: dict[str, list[torch.Tensor]] = {}
     logits = {}
     for name in ARCHS:
@@ -147,7 +147,7 @@ def test_students_see_exactly_what_the_teachers_saw(setup, tmp_path, kind, batch
 def test_labels_do_not_depend_on_the_partition(setup, labels):
     """One batch at a time gives the logits of the whole unit."""
     stage = setup.teacher_stage("deep", options())
-    unit = plan_units(COUNT, options())[3]
+    unit = plan_units(COUNT, CLASSES, options())[3]
     whole = stage.label(unit)
     for index, (epoch, start, stop) in enumerate(unit.batches(50)):
         alone = LabelUnit(
@@ -164,13 +164,13 @@ def test_labels_do_not_depend_on_the_partition(setup, labels):
 def test_teachers_are_in_eval_mode(setup):
     """A view's logits are those of the bare network in eval mode, whatever images are beside it."""
     stage = setup.teacher_stage("deep", options(epochs=1, batch=50))
-    unit = plan_units(COUNT, options(epochs=1, batch=50))[0]
+    unit = plan_units(COUNT, CLASSES, options(epochs=1, batch=50))[0]
     one_by_one = setup.teacher_stage("deep", options(epochs=1, batch=1))
     np.testing.assert_allclose(stage.label(unit), one_by_one.label(unit), rtol=1e-4, atol=1e-5)
 
 
 def test_resume_redoes_what_is_missing_or_damaged_and_nothing_else(setup, labels):
-    units = plan_units(COUNT, options())
+    units = plan_units(COUNT, CLASSES, options())
     before = hashes(labels)
     assert all(is_committed(str(labels), u, "one") for u in units)
     assert not is_committed(str(labels), units[0], "other")
@@ -200,7 +200,7 @@ for row in run_serial(rows, stages):
 
 
 def test_killed_run_resumes_to_the_same_bytes(setup, labels, tmp_path):
-    units = plan_units(COUNT, options())
+    units = plan_units(COUNT, CLASSES, options())
     job = pickle.dumps((relabel_rows(units), setup.stages(tmp_path, options())))
     with subprocess.Popen([sys.executable, "-c", CHILD], stdin=subprocess.PIPE) as child:
         child.stdin.write(job)
@@ -220,7 +220,7 @@ def test_killed_run_resumes_to_the_same_bytes(setup, labels, tmp_path):
 
 
 def test_broken_units_fail_in_words_and_others_go_on(setup, tmp_path):
-    good = plan_units(COUNT, options())[:2]
+    good = plan_units(COUNT, CLASSES, options())[:2]
     wrong = LabelUnit(epoch_start=9, epoch_stop=10, position_start=0, position_stop=50, num_images=COUNT + 1)
     rows = list(run_serial(relabel_rows([wrong, *good]), setup.stages(tmp_path, options())))
     assert "130 images where the plan has 131" in errors(rows)[0]
@@ -229,7 +229,7 @@ def test_broken_units_fail_in_words_and_others_go_on(setup, tmp_path):
 
 
 def test_logits_that_cannot_be_stored_are_refused(setup, tmp_path):
-    unit = plan_units(COUNT, options())[0]
+    unit = plan_units(COUNT, CLASSES, options())[0]
     (row,) = relabel_rows([unit])
     stage = setup.teacher_stage("deep", options())
     network = stage.teacher
@@ -248,7 +248,7 @@ def test_logits_that_cannot_be_stored_are_refused(setup, tmp_path):
 def test_ray_gives_the_bytes_of_the_serial_runner(setup, labels, tmp_path, ray_local, actors):
     """Also with arrays of several lengths between the stages and a unit that fails in the first."""
     wrong = LabelUnit(epoch_start=40, epoch_stop=41, position_start=0, position_stop=50, num_images=COUNT + 1)
-    units = plan_units(COUNT, options())
+    units = plan_units(COUNT, CLASSES, options())
     assert len({u.num_rows for u in units}) == 2
     rows = list(run_ray(relabel_rows([units[0], wrong, *units[1:]]), setup.stages(tmp_path, options(), actors)))
     assert [e for e in errors(rows) if "where the plan has 131" not in e] == []

@@ -1,5 +1,7 @@
 import json
 import os
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -8,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster import shards
 from cluster.errors import RunError
 from stages.data import DataSpec
 from stages.relabel.options import RelabelOptions
 from stages.relabel.store import LabelReader, write_labels
-from stages.relabel.unit import MAX_SHARD_ROWS, LabelUnit, label_bytes, plan_units
+from stages.relabel.unit import MAX_SHARD_LOGITS, MAX_SHARD_ROWS, LabelUnit, label_bytes, plan_units
 from stages.relabel.views import draw_views
 
 SIZE = 32
@@ -30,7 +33,7 @@ def write(uri: str, unit: LabelUnit, options: RelabelOptions, classes: int = 10,
 def write_all(uri: str, num_images: int, options: RelabelOptions, **values) -> np.ndarray:
     """Logits [epochs, positions, classes] of the whole plan."""
     out = None
-    for unit in plan_units(num_images, options):
+    for unit in plan_units(num_images, values.get("classes", 10), options):
         logits = write(uri, unit, options, **values)
         out = np.zeros((options.epochs, num_images, logits.shape[1]), np.float16) if out is None else out
         out[unit.epoch_start : unit.epoch_stop, unit.position_start : unit.position_stop] = logits.reshape(
@@ -40,13 +43,18 @@ def write_all(uri: str, num_images: int, options: RelabelOptions, **values) -> n
 
 
 @settings(max_examples=150, deadline=None)
-@given(count=st.integers(1, 40000), epochs=st.integers(1, 700), batch=st.integers(1, 1024))
-def test_units_cover_every_position_once_and_never_cut_a_batch(count, epochs, batch):
-    units = plan_units(count, RelabelOptions(epochs=epochs, batch=batch))
+@given(
+    count=st.integers(1, 40000),
+    classes=st.sampled_from([2, 2048, 10450]),
+    epochs=st.integers(1, 700),
+    batch=st.integers(1, 1024),
+)
+def test_units_cover_every_position_once_and_never_cut_a_batch(count, classes, epochs, batch):
+    units = plan_units(count, classes, RelabelOptions(epochs=epochs, batch=batch))
     assert len({u.id for u in units}) == len(units)
     seen: dict[int, int] = {}
     for unit in units:
-        assert unit.num_rows <= MAX_SHARD_ROWS + batch
+        assert unit.num_rows <= max(batch, min(MAX_SHARD_ROWS, MAX_SHARD_LOGITS // classes)) + batch
         assert unit.position_start % batch == 0
         assert unit.position_stop % batch == 0 or unit.position_stop == count
         whole = unit.position_start == 0 and unit.position_stop == count
@@ -85,9 +93,54 @@ def test_reading_an_epoch_opens_its_shards_alone(tmp_path):
         reader.read_epoch(6)
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_one_shard_of_logits_is_held_and_each_is_read_once(tmp_path, monkeypatch, ahead):
+    """Of four shards an epoch, and with reading ahead one more."""
+    count, options, read = 30000, RelabelOptions(epochs=2, batch=50), []
+    logits = write_all(str(tmp_path), count, options)
+    alive: list[weakref.ref[np.ndarray]] = []
+    real = shards.read_array
+
+    class Watched(np.ndarray):
+        """Plain arrays have no place for weak references."""
+
+    def watching(uri, column):
+        read.append(uri.rsplit("/", 1)[1])
+        found = real(uri, column).view(Watched)
+        alive.append(weakref.ref(found))
+        assert sum(held() is not None for held in alive) <= 1 + ahead
+        return found
+
+    monkeypatch.setattr(shards, "read_array", watching)
+    with ThreadPoolExecutor(1) as pool:
+        reader = LabelReader(str(tmp_path), pool=pool if ahead else None)
+        for epoch in range(2):
+            labels = reader.read_epoch(epoch)
+            for start in range(0, count, 70):
+                positions = np.arange(start, min(start + 70, count))[::-1]
+                assert np.array_equal(labels.logits[positions], logits[epoch][positions])
+    assert read == sorted(p.name for p in tmp_path.iterdir())
+    assert len(read) == 8
+
+
+def test_damaged_logits_are_named_when_they_are_asked_for(tmp_path):
+    write_all(str(tmp_path), 20000, RelabelOptions(epochs=1, batch=50))
+    path = sorted(tmp_path.iterdir())[1]
+    content = bytearray(path.read_bytes())
+    group = pq.read_metadata(path).row_group(0)
+    column = group.column(group.num_columns - 1)
+    assert column.path_in_schema.startswith("logits")
+    content[column.data_page_offset + column.total_compressed_size // 2] ^= 1
+    path.write_bytes(content)
+    labels = LabelReader(str(tmp_path)).read_epoch(0)
+    labels.logits[:50]
+    with pytest.raises(RunError, match=rf"{path.name}: not a readable label shard; delete it and run again"):
+        labels.logits[10000:10050]
+
+
 def test_any_parquet_reader_sees_the_columns(tmp_path):
     options = RelabelOptions(epochs=1, batch=30)
-    (unit,) = plan_units(70, options)
+    (unit,) = plan_units(70, 10, options)
     logits = write(str(tmp_path), unit, options)
     table = pq.read_table(tmp_path / f"{unit.id}.parquet")
     assert table.schema.field("logits").type == pa.list_(pa.float16(), 10)
@@ -134,7 +187,7 @@ def test_missing_shard_is_named_incomplete(tmp_path):
 
 def test_foreign_shards_are_refused(tmp_path):
     options = RelabelOptions(epochs=40, batch=50)
-    units = plan_units(70, options)
+    units = plan_units(70, 10, options)
     write_all(str(tmp_path), 70, options)
     write(str(tmp_path), units[1], options, identity="another")
     with pytest.raises(RunError, match="belongs to another run"):

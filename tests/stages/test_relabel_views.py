@@ -94,6 +94,9 @@ def test_a_view_has_the_same_bits_in_any_batch_on_a_gpu(kind):
         parts = [render_views(images, views, ids, data) for ids in np.split(views.order, range(batch, 130, batch))]
         assert torch.equal(torch.cat(parts), whole)
     torch.testing.assert_close(whole.cpu(), render_views(images.cpu(), views, views.order, data))
+    # Of a set that stays with the host, batches are moved to the device.
+    moved = render_views(images.cpu(), views, views.order, data, torch.device("cuda"))
+    assert torch.equal(moved, whole)
 
 
 @settings(max_examples=60, deadline=None)

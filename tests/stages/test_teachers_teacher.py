@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import torch
 import torchvision.transforms.v2.functional as TF
 from torch import nn
 
+from cluster import storage
 from cluster.errors import UserError
 from stages.data import DataSpec
 from stages.teachers.build import build_network
@@ -203,3 +207,28 @@ def test_card_beside_the_weights_speaks_for_them(tmp_path, weights):
     x = torch.randn(2, 3, 32, 32)
     teacher = load_teacher("t", reordered, DATA)
     assert np.array_equal(teacher(x).numpy(), teacher.forward_full(x).numpy()[:, ::-1])
+
+
+@pytest.mark.s3
+def test_actors_of_a_node_fetch_weights_once(weights, s3_server, tmp_path, caplog, monkeypatch):
+    """Of a teacher's folder with a card, whose digest is checked."""
+    monkeypatch.setenv("PRISM_CACHE", str(tmp_path / "cache"))
+    path, network = weights()
+    folder = f"{s3_server}/{tmp_path.name}"
+    content = storage.read_bytes(path)
+    storage.write_bytes(f"{folder}/{WEIGHTS_FILE}", content)
+    same = {"input_size": 32, "resize": 32, "mean": list(DATA.mean), "std": list(DATA.std)}
+    found = CARD.model_copy(update={**same, "sha256": hashlib.sha256(content).hexdigest()})
+    write_card(folder, found)
+    spec = TeacherSpec(**ARCH, weights=f"{folder}/{WEIGHTS_FILE}")
+    x = DATA.normalise(images())
+    with caplog.at_level(logging.INFO, "werkzeug"), ThreadPoolExecutor(8) as actors:
+        teachers = list(actors.map(lambda _: load_teacher("t", spec, DATA), range(8)))
+    gets = [r.getMessage() for r in caplog.records if "GET" in r.getMessage() and WEIGHTS_FILE in r.getMessage()]
+    assert len(gets) == 1, gets
+    with torch.no_grad():
+        assert all(torch.equal(teacher(x), network(x)) for teacher in teachers)
+    # Another file than the card speaks of is not taken.
+    write_card(folder, found.model_copy(update={"sha256": "0" * 64}))
+    with pytest.raises(UserError, match=r"teachers\.t: .*model\.safetensors: damaged"):
+        load_teacher("t", spec, DATA)
