@@ -91,8 +91,9 @@ class SourceReader:
             uri = self._dataset.shard_uri(shard)
             fs, path = storage.resolve(uri)
             try:
-                with fs.open(path, "rb") as stream:
-                    file = pq.ParquetFile(stream, page_checksum_verification=True)
+                # Arrow asks for the row group in one piece; a cache would read on to the end of the shard.
+                with fs.open(path, "rb", cache_type="none") as stream:
+                    file = pq.ParquetFile(stream, pre_buffer=True, page_checksum_verification=True)
                     sizes = (file.metadata.row_group(g).num_rows for g in range(file.num_row_groups))
                     self._ends[shard] = list(itertools.accumulate(sizes))
                     group = bisect.bisect_right(self._ends[shard], row)

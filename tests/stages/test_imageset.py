@@ -51,13 +51,10 @@ def write(uri: str, pixels: np.ndarray, parts: int = 3, ids: list[int] | None = 
     order = np.random.default_rng(1).permutation(len(pixels))
     schema = shards.image_schema(list(DATA.class_names), [*shards.IMAGE_FIELDS, pa.field("image_id", pa.int64())])
     for part, members in enumerate(np.array_split(order, parts)):
+        images = [{"bytes": encode(pixels[k].tobytes(), pixels.shape[-1])} for k in members]
         rows = [
-            {
-                "image": {"bytes": encode(pixels[k].tobytes(), pixels.shape[-1])},
-                "label": int(k) % 3,
-                "image_id": ids[k] if ids else int(k),
-            }
-            for k in members
+            {"image": image, "label": int(k) % 3, "image_id": ids[k] if ids else int(k)}
+            for image, k in zip(images, members, strict=True)
         ]
         shards.write_shard(storage.join(uri, f"part-{part}.parquet"), pa.Table.from_pylist(rows, schema=schema))
 

@@ -1,5 +1,6 @@
 import json
 import os
+import uuid
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -7,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import s3fs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -121,6 +123,29 @@ def test_one_shard_of_logits_is_held_and_each_is_read_once(tmp_path, monkeypatch
                 assert np.array_equal(labels.logits[positions], logits[epoch][positions])
     assert read == sorted(p.name for p in tmp_path.iterdir())
     assert len(read) == 8
+
+
+@pytest.mark.s3
+def test_shards_are_read_in_few_large_requests(s3_server, monkeypatch):
+    uri, options = f"{s3_server}/{uuid.uuid4().hex}", RelabelOptions(epochs=1, batch=50)
+    logits = write_all(uri, 2000, options, classes=500)
+    requests: list[int] = []
+    real = s3fs.core.S3File._fetch_range
+
+    def counting(self, start, end):
+        requests.append(end - start)
+        return real(self, start, end)
+
+    monkeypatch.setattr(s3fs.core.S3File, "_fetch_range", counting)
+    reader = LabelReader(uri)
+    requests.clear()
+    labels = reader.read_epoch(0)
+    assert len(requests) == 2  # the footer and all views
+    assert sum(requests) < 300_000
+    assert np.array_equal(labels.logits[:10], logits[0, :10])
+    assert len(requests) == 4  # the footer and all logits
+    assert np.array_equal(labels.logits[10:], logits[0, 10:])
+    assert len(requests) == 4
 
 
 def test_damaged_logits_are_named_when_they_are_asked_for(tmp_path):
