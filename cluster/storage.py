@@ -7,7 +7,6 @@ by itself in an object store is waited for in ``cluster.objectstore``, below who
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import posixpath
@@ -172,9 +171,10 @@ def remove(uri: str) -> None:
     fs, path = resolve(uri)
     if isinstance(fs, LocalFileSystem):
         shutil.rmtree(path, ignore_errors=True) if Path(path).is_dir() else Path(path).unlink(missing_ok=True)
-    else:
-        with contextlib.suppress(FileNotFoundError):
-            fs.rm(path, recursive=True)
+    elif isinstance(fs, ObjectStore):
+        fs.remove(path)
+    elif fs.exists(path):
+        fs.rm(path, recursive=True)
 
 
 def remove_files(uri: str, names: Sequence[str]) -> None:

@@ -51,7 +51,7 @@ def s3_server() -> Iterator[str]:
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.delenv("AWS_PROFILE", raising=False)
         patch.setenv("NO_PROXY", "127.0.0.1,localhost")
-        boto3.client("s3").create_bucket(Bucket="prism-tests")
+        boto3.Session().client("s3").create_bucket(Bucket="prism-tests")
         yield "s3://prism-tests"
     server.stop()
 
@@ -84,7 +84,7 @@ def open_store(request, monkeypatch) -> Iterator[Callable[[str], str]]:
         # The address is read when the first of its objects is made.
         ObjectStore.clear_instance_cache()
         bucket = f"prism-{uuid.uuid4().hex}"
-        boto3.client("s3").create_bucket(Bucket=bucket)
+        boto3.Session().client("s3").create_bucket(Bucket=bucket)
         return f"s3://{bucket}"
 
     yield open_

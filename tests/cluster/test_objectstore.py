@@ -20,6 +20,8 @@ from s3.fault_proxy import FAULTS
 from cluster import objectstore, shards, storage
 from cluster.errors import RunError, UserError
 from cluster.objectstore import ObjectStore
+from stages.importing import imagefolder, parquet
+from stages.importing.core import build_shard
 
 
 def shard(number: int, rows: int = 20) -> pa.Table:
@@ -31,7 +33,7 @@ def shard(number: int, rows: int = 20) -> pa.Table:
 def objects(uri: str) -> list[str]:
     """Keys in the bucket of ``uri``, asked of the server itself."""
     bucket = uri.removeprefix("s3://").partition("/")[0]
-    return [each["Key"] for each in boto3.client("s3").list_objects_v2(Bucket=bucket).get("Contents", [])]
+    return [each["Key"] for each in boto3.Session().client("s3").list_objects_v2(Bucket=bucket).get("Contents", [])]
 
 
 def test_shards_through_a_store_that_fails_now_and_then(s3_store, fault_proxy):
@@ -152,6 +154,24 @@ def test_a_shard_cut_short_in_the_bucket_is_no_shard(s3_store):
         shards.read_shard(uri)
 
 
+def test_a_store_that_is_away_says_nothing_about_files(s3_store, fault_proxy, monkeypatch):
+    """Neither that a shard is damaged, which would be made again, nor that an image is corrupt, which is left out."""
+    uri = f"{s3_store}/train/ant/x.parquet"
+    shards.write_shard(uri, shard(1))
+    monkeypatch.setattr(objectstore, "PATIENCE_S", 0.5)
+    proxy = fault_proxy(rate=0.0, kinds=("slow_down", "reset", "truncated"))
+    assert storage.exists(uri)
+    proxy.rate, proxy.only = 1.0, lambda method, _: method == "GET"
+    for read in (shards.read_shard, shards.shard_metadata, storage.read_bytes):
+        with pytest.raises(RunError, match=rf"^{uri}: the object store at .* fails again and again"):
+            read(uri)
+    read_parquet, read_folder = parquet.make_reader(s3_store), imagefolder.make_reader(s3_store)
+    with pytest.raises(RunError, match="fails again and again"):
+        read_parquet(["train/ant/x.parquet/0"])
+    with pytest.raises(RunError, match="fails again and again"):
+        build_shard(["train/ant/x.parquet"], [0], read_folder, ["ant", "bee"], {})
+
+
 def test_more_objects_than_a_page_holds(s3_store, fault_proxy):
     folder = f"{s3_store}/many"
     fs, path = storage.resolve(folder)
@@ -164,8 +184,13 @@ def test_more_objects_than_a_page_holds(s3_store, fault_proxy):
     proxy.log.clear()
     assert storage.list_files(f"{s3_store}/many/none") == {}
     assert len(proxy.log) == 1, "an empty folder must not list the one above"
+    proxy.log.clear()
     storage.remove(folder)
+    assert [method for method, *_ in proxy.log] == ["GET", "GET", "POST", "POST"]
     assert objects(s3_store) == ["many-others"]
+    storage.remove(folder)
+    storage.remove(f"{s3_store}/many-others")
+    assert objects(s3_store) == []
 
 
 def test_a_whole_object_costs_one_request(s3_store, fault_proxy):
@@ -181,7 +206,7 @@ def test_folders_are_not_made_and_buckets_neither(s3_store):
     other = f"prism-{uuid.uuid4().hex}"
     fs.mkdir(f"{other}/folder", create_parents=True)
     assert objects(s3_store) == []
-    assert other not in [bucket["Name"] for bucket in boto3.client("s3").list_buckets()["Buckets"]]
+    assert other not in [bucket["Name"] for bucket in boto3.Session().client("s3").list_buckets()["Buckets"]]
 
 
 def test_workers_get_the_same_file_system(s3_store):
@@ -211,13 +236,13 @@ def test_missing_object_is_a_missing_file(s3_store):
         shards.read_shard(f"{s3_store}/x")
 
 
-def test_wrong_secret_is_said_at_once_by_a_store_that_checks_it(s3_store, monkeypatch):
-    if os.environ["AWS_ACCESS_KEY_ID"] == "test":
-        pytest.skip("moto accepts every key")
+@pytest.mark.s3_real
+def test_wrong_secret_is_said_at_once_by_a_store_that_checks_it(open_store, monkeypatch):
+    store = open_store("swift")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "something else")
     ObjectStore.clear_instance_cache()
-    with pytest.raises(UserError, match=rf"^{s3_store}/x: (the object store at .* does not accept|access denied)"):
-        storage.read_bytes(f"{s3_store}/x")
+    with pytest.raises(UserError, match=rf"^{store}/x: the object store at .* does not accept the credentials"):
+        storage.read_bytes(f"{store}/x")
 
 
 class Canned(http.server.BaseHTTPRequestHandler):
