@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
+from cluster.attempts import Attempts
 from cluster.errors import PrismError, RunError, UserError, redact
 from cluster.metrics import SPENT, WorkerMetrics
 from cluster.resources import ActorResources
@@ -34,12 +35,14 @@ class ActorStage:
         factory: callable class, or function that returns a callable; must be importable by the workers.
         kwargs: paths, ids and options for the factory; never weights or images.
         resources: of one actor and of the pool.
+        attempts: bounds how often a row may end its worker, for stages that do not see to it themselves.
     """
 
     name: str
     factory: Callable[..., Callable[[Row], Row]]
     kwargs: dict[str, Any] = field(default_factory=dict)
     resources: ActorResources = field(default_factory=ActorResources)
+    attempts: Attempts | None = None
 
 
 class Runner(Protocol):
@@ -58,7 +61,7 @@ class Guarded:
 
     def __init__(self, stage: ActorStage):
         torch.set_num_threads(stage.resources.threads)
-        self.name = stage.name
+        self.name, self.attempts = stage.name, stage.attempts
         self.metrics = WorkerMetrics(stage.name, stage.resources.threads)
         self.inner: Callable[[Row], Row] | None = None
         # An actor that cannot start would be restarted for ever; its units say why instead.
@@ -71,8 +74,17 @@ class Guarded:
         done: list[Row] = []
         spent = {name: row[name] for name in SPENT if name in row}
         with self.metrics.unit(spent):
-            reason = self.broken or self._reason(lambda: done.append(self.inner(row)), row["id"])  # type: ignore[misc]
+            reason = self.broken or self._reason(lambda: done.append(self._run(row)), row["id"])
         return ({"id": row["id"], "error": f"{self.name}: {reason}"} if reason else done[0]) | spent
+
+    def _run(self, row: Row) -> Row:
+        assert self.inner is not None
+        if self.attempts is None:
+            return self.inner(row)
+        attempt = self.attempts.begin(row["id"], 1)
+        out = self.inner(row)
+        attempt.finish()
+        return out
 
     def _reason(self, action: Callable[[], object], what: str) -> str:
         """Why ``action`` failed, empty when it did not."""

@@ -112,6 +112,13 @@ def list_entries(uri: str, suffix: str = "") -> dict[str, dict[str, Any]]:
     return {n: files[n] for n in sorted(files) if n and n.endswith(suffix) and not n.startswith(".tmp-")}
 
 
+def size(uri: str) -> int:
+    """Bytes of a file."""
+    fs, path = resolve(uri)
+    fs.invalidate_cache()
+    return int(fs.size(path))
+
+
 def read_bytes(uri: str) -> bytes:
     """The whole file."""
     fs, path = resolve(uri)

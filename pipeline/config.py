@@ -27,6 +27,7 @@ NOT_IDENTITY = [
     ("data", "train"),
     ("data", "val"),
     ("squeeze", "cache"),
+    ("recover", "checkpoint_every"),
     ("evaluate", "students"),
     ("evaluate", "seeds"),
     ("evaluate", "baselines"),

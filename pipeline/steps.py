@@ -91,6 +91,7 @@ def relabel_stages(run: Run, name: str, identity: str) -> list[ActorStage]:
         config.seed,
         identity,
         config.resources.relabel,
+        storage.join(run.out, "progress", "relabel", name),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from stages.recover.augment import augment, draw_augmentation
 from stages.recover.objective import recovery_loss, tap_teachers
 from stages.recover.options import RecoverOptions
 from stages.recover.selection import step_teachers
+from stages.recover.state import RecoveryState
 from stages.recover.unit import RecoverUnit
 
 if TYPE_CHECKING:
@@ -66,6 +68,8 @@ def recover_unit(
     data: DataSpec,
     device: torch.device | str,
     on_step: Callable[[int, int], None] | None = None,
+    state: RecoveryState | None = None,
+    on_state: Callable[[int, Callable[[], RecoveryState]], None] | None = None,
 ) -> RecoveredUnit:
     """Optimise the images of a unit with Adam, clamping to the valid range after every step.
 
@@ -77,6 +81,9 @@ def recover_unit(
         data: the normalised space.
         device: where to compute.
         on_step: called after every step with (steps done, steps).
+        state: of this very unit and these settings, to go on from; the result is the same to the last bit.
+        on_state: called after every step but the last with (steps done, what gives the state for as long as the next
+            step has not ended). What it raises ends the unit.
 
     Raises:
         RunError: the loss or a pixel is not finite; names unit, seed and step.
@@ -93,8 +100,27 @@ def recover_unit(
     first_bad = torch.full((), unit.iterations, device=x.device)
     last_bn: dict[str, Tensor] = {}
     log: list[dict[str, Any]] = []
+    begin = 0
+    if state is not None:
+        begin, log = state.step, list(state.log)
+        first_bad = first_bad.fill_(state.first_bad)
+        last_bn = {name: value.to(x.device) for name, value in state.last_bn.items()}
+        with torch.no_grad():
+            x.copy_(state.pixels)
+        averages = {"exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
+        # Adam keeps its count of steps on the CPU, as a float.
+        optimizer.state[x] = {"step": torch.tensor(float(begin))} | {
+            name: torch.empty_like(x, requires_grad=False).copy_(value) for name, value in averages.items()
+        }
+
+    def snapshot(done: int) -> RecoveryState:
+        adam = optimizer.state[x]
+        return RecoveryState(
+            done, x.detach(), adam["exp_avg"], adam["exp_avg_sq"], int(first_bad), dict(last_bn), list(log)
+        )
+
     with _reproducible_float32():
-        for step in range(unit.iterations):
+        for step in range(begin, unit.iterations):
             logit_names, bn_names = step_teachers(unit, options, step)
             drawn = draw_augmentation(unit.seed, step, len(x), data.image_size, options)
             loss, ce, l_bn = recovery_loss(augment(x, drawn), y, taps, logit_names, bn_names, options)
@@ -112,6 +138,8 @@ def recover_unit(
                 log.append({"step": step, "loss": loss.item(), "ce": ce.item(), "bn": bn})
             if on_step:
                 on_step(step + 1, unit.iterations)
+            if on_state and step + 1 < unit.iterations:
+                on_state(step + 1, functools.partial(snapshot, step + 1))
     return RecoveredUnit(
         pixels=data.denormalise(x.detach()).cpu(),
         loss_ce=log[-1]["ce"],

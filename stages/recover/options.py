@@ -52,6 +52,8 @@ class RecoverOptions(Frozen):
             to ``roll`` pixels in y and x.
         batch_augment: ``batch`` = one crop, flip and shift for the whole batch (as published); ``image`` = one
             for each image.
+        checkpoint_every: keep a unit's state after every so many steps, so that it goes on from there when its worker
+            is lost; 0: upon a notice of preemption only. Changes no result.
     """
 
     ipc: int = Field(default=10, ge=1)
@@ -74,6 +76,7 @@ class RecoverOptions(Frozen):
     flip: bool = True
     roll: int = Field(default=32, ge=0)
     batch_augment: Literal["batch", "image"] = "batch"
+    checkpoint_every: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _check(self) -> RecoverOptions:

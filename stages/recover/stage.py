@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from cluster import shards, storage
-from cluster.errors import RunError
+from cluster import preemption, shards, storage
+from cluster.attempts import Attempt, Attempts
 from cluster.ledger import content_key
-from cluster.progress import ProgressWriter
 from cluster.resources import ActorResources
 from cluster.runner import ActorStage, Row
 from stages.data import DataSpec
@@ -24,13 +24,12 @@ from stages.images import encode_png
 from stages.recover.core import recover_unit
 from stages.recover.options import RecoverOptions
 from stages.recover.sources import SourceReader
+from stages.recover.state import RecoveryState
 from stages.recover.unit import RecoverUnit
 from stages.teachers.options import TeacherSpec
 from stages.teachers.teacher import load_teacher
 
-# Ray restarts a worker that was killed, for want of memory above all, without end. After so many starts
-# in one run the unit is reported as failed instead.
-MAX_ATTEMPTS = 3
+log = logging.getLogger("prism")
 
 
 class RecoverStage:
@@ -64,13 +63,18 @@ class RecoverStage:
             name: load_teacher(name, spec, data, self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             for name, spec in teachers.items()
         }
-        self.out, self.data, self.options = out, data, options
-        self.identity, self.session = identity, session
+        self.out, self.data, self.options, self.identity = out, data, options, identity
+        self.attempts = Attempts(
+            storage.join(out, "progress", "recover"), session, "lower resources.recover.actors or recover.chunk"
+        )
         real = options.init == "real"
         self.reader = SourceReader(shards.load_dataset(train_uri), data) if real else None
+        preemption.listen()
 
     def __call__(self, row: Row) -> Row:
         """Recover and commit a unit.
+
+        Upon a notice of preemption the unit's state is kept and the process ends.
 
         Returns:
             ``id``, ``error``, ``seconds``, ``images``, ``loss_ce``, ``iterations``, ``attempt`` (starts, over all runs)
@@ -79,9 +83,23 @@ class RecoverStage:
         Raises:
             RunError: see ``recover_unit``; or the unit's worker was killed too often.
         """
-        start = time.monotonic()
         unit = RecoverUnit.model_validate_json(row["unit"])
-        progress, attempts = self._begin(unit)
+        with preemption.busy():
+            # Ray asks again for what was finished when the machine that held the result is lost.
+            if self.attempts.begun(unit.id) and is_committed(self.out, unit, self.identity):
+                return self._finished(unit)
+            return self._recover(unit)
+
+    def _recover(self, unit: RecoverUnit) -> Row:
+        start = time.monotonic()
+        state = self._kept(unit)
+        attempt = self.attempts.begin(
+            unit.id,
+            unit.iterations,
+            f"unit {unit.id} (seed {unit.seed})",
+            done=state.step if state else 0,
+            key=self.identity,
+        )
         names: list[str | None] = [None] * len(unit.classes)
         images, sizes = None, []
         if self.reader:
@@ -96,7 +114,9 @@ class RecoverStage:
             self.options,
             self.data,
             self.device,
-            on_step=lambda done, total: progress.update(done, total, unit.id, **attempts),
+            on_step=lambda done, total: attempt.update(done),
+            state=state,
+            on_state=lambda done, snapshot: self._keep(unit, attempt, done, snapshot),
         )
         outcome = {
             "logit_teacher": ",".join(unit.logit_teachers),
@@ -107,6 +127,8 @@ class RecoverStage:
         }
         recovered = _recovered_uri(self.out, unit)
         sizes.append(self._commit(recovered, unit, result.pixels, names, outcome, log=result.log))
+        attempt.finish()
+        self._forget(unit)
         return {
             "id": unit.id,
             "error": "",
@@ -114,26 +136,48 @@ class RecoverStage:
             "images": len(unit.classes),
             "loss_ce": result.loss_ce,
             "iterations": result.iterations,
-            "attempt": attempts["attempt"],
+            "attempt": attempt.number,
             "sizes": sizes,
         }
 
-    def _begin(self, unit: RecoverUnit) -> tuple[ProgressWriter, dict[str, Any]]:
-        """Record the start of an attempt before anything can kill it."""
-        uri = storage.join(self.out, "progress", "recover")
-        progress = ProgressWriter(uri, unit.id, interval_s=5.0)
-        last: dict[str, Any] = {}
-        with contextlib.suppress(OSError, ValueError):
-            last = storage.read_json(storage.join(uri, f"{unit.id}.json"))
-        here = last["session_attempt"] + 1 if last.get("session") == self.session else 1
-        if here > MAX_ATTEMPTS:
-            raise RunError(
-                f"unit {unit.id} (seed {unit.seed}) lost its worker {MAX_ATTEMPTS} times, most likely for want of "
-                "memory; lower resources.recover.actors or recover.chunk"
-            )
-        attempts = {"attempt": last.get("attempt", 0) + 1, "session": self.session, "session_attempt": here}
-        progress.update(0, unit.iterations, unit.id, force=True, **attempts)
-        return progress, attempts
+    def _finished(self, unit: RecoverUnit) -> Row:
+        """The row of a unit that was committed before."""
+        self._forget(unit)
+        found = shards.read_shard(_recovered_uri(self.out, unit), ["loss_ce", "iterations"]).slice(0, 1).to_pylist()[0]
+        uris = [storage.join(folder, f"{unit.id}.parquet") for folder in folders(self.out, self.options)]
+        sizes = [storage.size(uri) for uri in uris]
+        attempt = self.attempts.finish(unit.id)
+        return {"id": unit.id, "error": "", "seconds": 0.0, **found, "attempt": attempt, "sizes": sizes}
+
+    def _key(self, unit: RecoverUnit) -> dict[str, Any]:
+        """What a kept state belongs to."""
+        return {"identity": self.identity, "unit": _content(unit)}
+
+    def _kept(self, unit: RecoverUnit) -> RecoveryState | None:
+        """The state that an earlier start left, if it is whole and of this very unit."""
+        try:
+            content = storage.read_bytes(_state_uri(self.out, unit))
+        except OSError:
+            return None
+        return RecoveryState.from_bytes(content, self._key(unit))
+
+    def _forget(self, unit: RecoverUnit) -> None:
+        # The unit is committed; what is left behind is of no harm.
+        with contextlib.suppress(OSError):
+            storage.remove(_state_uri(self.out, unit))
+
+    def _keep(self, unit: RecoverUnit, attempt: Attempt, done: int, snapshot: Callable[[], RecoveryState]) -> None:
+        """Keep the state now and then, and upon a notice, whatever ``checkpoint_every`` says: it costs little."""
+        notice, every = preemption.noticed(), self.options.checkpoint_every
+        if notice or (every and done % every == 0):
+            try:
+                storage.write_bytes(_state_uri(self.out, unit), snapshot().to_bytes(self._key(unit)))
+            except OSError as error:
+                # The unit itself may still succeed.
+                log.warning("%s: the state after step %d could not be kept: %s", unit.id, done, error)
+        if notice:
+            attempt.excuse(done)
+            preemption.leave()
 
     def _commit(
         self,
@@ -242,3 +286,7 @@ def _init_uri(out: str, unit: RecoverUnit) -> str:
 
 def _recovered_uri(out: str, unit: RecoverUnit) -> str:
     return storage.join(out, "recovered", f"{unit.id}.parquet")
+
+
+def _state_uri(out: str, unit: RecoverUnit) -> str:
+    return storage.join(out, "progress", "state", f"{unit.id}.safetensors")

@@ -6,6 +6,7 @@ a function of (seed, epoch), while pixels would be many times larger than what t
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cluster import shards
+from cluster import shards, storage
+from cluster.attempts import Attempts
 from cluster.errors import RunError
 from cluster.ledger import content_key
 from cluster.resources import ActorResources
@@ -160,6 +162,7 @@ def relabel_stages(
     seed: int,
     identity: str,
     resources: ActorResources,
+    progress_uri: str,
 ) -> list[ActorStage]:
     """The stages of a relabel pipeline, for rows of ``relabel_rows``.
 
@@ -172,8 +175,10 @@ def relabel_stages(
         seed: of the run.
         identity: what the labels depend on, in one string.
         resources: of each teacher's actors.
+        progress_uri: folder of start records.
     """
     common = {"data": data, "options": options, "seed": seed}
+    session = uuid.uuid4().hex
     labelling = [
         ActorStage(
             name=f"relabel-{name}",
@@ -186,6 +191,12 @@ def relabel_stages(
                 **common,
             },
             resources=resources,
+            attempts=Attempts(
+                storage.join(progress_uri, name),
+                session,
+                f"lower resources.relabel.actors or relabel with a smaller teacher than {name}",
+                seed,
+            ),
         )
         for name in options.teachers
     ]

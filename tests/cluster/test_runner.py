@@ -14,6 +14,7 @@ import pytest
 import ray.cloudpickle
 import torch
 
+from cluster.attempts import Attempts
 from cluster.errors import RunError, UserError
 from cluster.resources import ActorResources
 from cluster.runner import ActorStage, Guarded, Row, failures, fit_pools, run_ray, run_serial
@@ -187,6 +188,23 @@ def test_ray_stage_that_cannot_start_says_so_in_every_row(ray_local: None) -> No
     """Raising in an actor's constructor would make Ray restart it without end."""
     found = list(run_ray(rows(2), [ActorStage("load", cannot_start)]))
     assert [row["error"] for row in found] == ["load: teachers.a.weights: missing; give a file"] * 2
+
+
+class Die:
+    """Ends its process at one row, as running out of memory does."""
+
+    def __call__(self, row: Row) -> Row:
+        if row["id"] == "r1":
+            os._exit(1)
+        return row
+
+
+@pytest.mark.ray
+def test_a_row_that_ends_its_worker_is_given_up(ray_local: None, tmp_path: Path) -> None:
+    stage = ActorStage("die", Die, {}, ActorResources(actors=1), Attempts(str(tmp_path), "s", "lower x", 7))
+    found = {row["id"]: row["error"] for row in run_ray(rows(3), [stage])}
+    assert found.pop("r1").startswith("die: r1 (seed 7) lost its worker 3 times")
+    assert found == {"r0": "", "r2": ""}
 
 
 @pytest.mark.ray

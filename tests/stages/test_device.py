@@ -40,7 +40,7 @@ def test_stages_keep_to_their_pool(monkeypatch, gpus, wanted):
     options = RecoverOptions(logit_teachers=["t"], bn_teachers=["t"], init="noise")
     stages = [
         recover_stage("out", "train", {"t": SPEC}, DATA, options, "i", resources),
-        relabel_stages("l", "i", {"t": SPEC}, DATA, RelabelOptions(teachers=["t"]), 0, "i", resources)[0],
+        relabel_stages("l", "i", {"t": SPEC}, DATA, RelabelOptions(teachers=["t"]), 0, "i", resources, "p")[0],
         diversity_stage("t", SPEC, DATA, resources),
     ]
     images = type("Images", (), {"images": torch.zeros(1)})()

@@ -42,8 +42,9 @@ class Setup:
 
     def stages(self, out: Path, options: RelabelOptions, actors: int = 1, identity: str = "one") -> list[ActorStage]:
         return relabel_stages(
-            str(out), self.images, self.teachers, DATA, options, 4, identity, ActorResources(actors=actors)
-        )
+            str(out), self.images, self.teachers, DATA, options, 4, identity, ActorResources(actors=actors),
+            str(out.parent / "progress"),
+        )  # fmt: skip
 
     def teacher_stage(self, name: str, options: RelabelOptions) -> TeacherStage:
         return TeacherStage(name, self.teachers[name], self.images, DATA, options, 4, gpu=False)

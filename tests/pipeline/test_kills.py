@@ -1,0 +1,344 @@
+"""Actors, machines and drivers that die in the middle of recovery: always the bytes of an undisturbed run."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.attempts import MAX_ATTEMPTS
+from cluster.progress import read_progress
+
+ROOT = Path(__file__).resolve().parents[2]
+# Steps of a unit of some seconds.
+LONG = 600
+SOAK_UNITS = 24
+
+
+def digests(folder: Path) -> dict[str, str]:
+    found = {p.name: p for p in folder.glob("*.parquet") if not p.name.startswith(".")}
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in sorted(found.items())}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained teachers, shared by all runs."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def runs(prism: Any, tiny_config: Any, cache: Path, tmp_path: Path) -> Callable[..., tuple[Path, Path, Path]]:
+    """(reference directory, recovered serially; directory and configuration of a run whose teachers are ready)."""
+
+    def make(**recover: Any) -> tuple[Path, Path, Path]:
+        out = {}
+        sections: dict[str, Any] = {"recover": {"chunk": 3, **recover}, "squeeze": {"cache": str(cache)}}
+        for name in ("whole", "cut"):
+            path = tiny_config(out=str(tmp_path / name), **sections)
+            out[name] = path.rename(tmp_path / f"{name}.yaml")
+            code, _, err = prism("squeeze", out[name], "--serial")
+            assert code == 0, err
+        code, _, err = prism("recover", out["whole"], "--serial", "recover.checkpoint_every=0")
+        assert code == 0, err
+        return tmp_path / "whole", tmp_path / "cut", out["cut"]
+
+    return make
+
+
+class Driver:
+    """``prism recover`` in a process of its own."""
+
+    def __init__(self, config: Path, *words: str, **environment: str):
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "pipeline", "recover", str(config), *words],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "RAY_AUTH_MODE": "disabled", **environment},
+        )
+
+    def wait_for(self, ready: Callable[[], Any], what: str, timeout: float = 120) -> Any:
+        """What ``ready`` gives, once it gives something."""
+        end = time.monotonic() + timeout
+        while not (found := ready()):
+            assert self.process.poll() is None, f"ended before {what}: {self.process.communicate()[0]}"
+            assert time.monotonic() < end, f"no {what} in time"
+            time.sleep(0.02)
+        return found
+
+    def finish(self, timeout: float = 240) -> str:
+        text = self.process.communicate(timeout=timeout)[0]
+        assert self.process.returncode == 0, text
+        return text
+
+    def __enter__(self) -> Driver:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.process.poll() is None:
+            # The driver alone: a private session ends with it.
+            self.process.kill()
+            self.process.wait()
+
+
+def records(out: Path) -> dict[str, dict[str, Any]]:
+    """Unit → its start record."""
+    return read_progress(str(out / "progress" / "recover"))
+
+
+def working(out: Path) -> dict[int, str]:
+    """Living process → the unit it works on."""
+    found = {r["pid"]: name for name, r in records(out).items() if r["done"] < r["total"]}
+    return {pid: name for pid, name in found.items() if Path(f"/proc/{pid}").exists()}
+
+
+def retried(out: Path) -> int:
+    found = records(out).values()
+    return sum(record["attempt"] for record in found) - len(found)
+
+
+def assert_whole(whole: Path, cut: Path) -> None:
+    for folder in ("recovered", "init"):
+        assert digests(cut / folder) == digests(whole / folder)
+    assert not list((cut / "progress" / "state").glob("*"))
+
+
+@contextlib.contextmanager
+def beside(action: Callable[[], None]) -> Iterator[None]:
+    """Do something while the body runs in this thread; both must succeed."""
+    failed: list[BaseException] = []
+
+    def guarded() -> None:
+        try:
+            action()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=guarded, daemon=True)
+    thread.start()
+    yield
+    thread.join(60)
+    assert not thread.is_alive()
+    if failed:
+        raise failed[0]
+
+
+def wait_for(ready: Callable[[], Any], timeout: float = 120) -> Any:
+    """What ``ready`` gives, once it gives something."""
+    end = time.monotonic() + timeout
+    while not (found := ready()):
+        assert time.monotonic() < end, "not in time"
+        time.sleep(0.02)
+    return found
+
+
+def in_its_middle(out: Path) -> tuple[int, str]:
+    """A process and the unit that it has worked on for half a second."""
+    while True:
+        pid, unit = wait_for(lambda: list(working(out).items()))[0]
+        time.sleep(0.5)
+        if working(out).get(pid) == unit:
+            return pid, unit
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_sigkill_of_an_actor_in_the_middle_of_a_unit(prism: Any, runs: Any, ray_local: None) -> None:
+    whole, cut, config = runs(iterations=LONG)
+    killed: list[str] = []
+
+    def kill() -> None:
+        pid, unit = in_its_middle(cut)
+        os.kill(pid, signal.SIGKILL)
+        killed.append(unit)
+
+    with beside(kill):
+        code, _, err = prism("recover", config, "resources.recover.actors=2")
+    assert code == 0, err
+    assert_whole(whole, cut)
+    assert retried(cut) == 1
+    found = records(cut)[killed[0]]
+    assert (found["attempt"], found["session_attempt"], found["from"]) == (2, 2, 0)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_sigterm_keeps_the_unit_in_its_middle(prism: Any, runs: Any, ray_local: None) -> None:
+    """A notice of preemption, without checkpoints asked for: goes on where it was, and does not count as a failure."""
+    whole, cut, config = runs(iterations=LONG)
+    told: list[str] = []
+    steps: list[int] = []
+
+    def notify() -> None:
+        pid, unit = in_its_middle(cut)
+        os.kill(pid, signal.SIGTERM)
+        told.append(unit)
+        wait_for(lambda: not Path(f"/proc/{pid}").exists(), 20)
+        steps.append(records(cut)[unit]["done"])
+
+    with beside(notify):
+        code, _, err = prism("recover", config, "resources.recover.actors=1")
+    assert code == 0, err
+    assert_whole(whole, cut)
+    assert retried(cut) == 1
+    found = records(cut)[told[0]]
+    assert 0 < found["from"] < LONG
+    assert (found["attempt"], found["session_attempt"]) == (2, 1)
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    """A head without room for recovery; tests add machines, with one logical GPU each, so that each has one unit."""
+    from ray.cluster_utils import Cluster
+
+    found = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 1, "object_store_memory": 200 * 2**20, "include_dashboard": False},
+    )
+    yield found
+    found.shutdown()
+
+
+def add_machine(cluster: Any) -> Any:
+    return cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=100 * 2**20)
+
+
+def raylet_of(machine: Any) -> int:
+    return int(machine.all_processes["raylet"][0].process.pid)
+
+
+def machine_of(pid: int, machines: list[Any]) -> Any:
+    """The machine whose raylet started a worker."""
+    parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return next(machine for machine in machines if raylet_of(machine) == parent)
+
+
+def on(cluster: Any, config: Path, *words: str) -> Driver:
+    return Driver(config, f"resources.session.address={cluster.address}", "resources.recover.gpus=1", *words)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_sigkill_of_a_machine_in_the_middle_of_a_unit(runs: Any, cluster: Any) -> None:
+    """Its unit moves; the units that it had finished are not done again, though their results are lost with it."""
+    whole, cut, config = runs(ipc=6, iterations=LONG)
+    machines = [add_machine(cluster) for _ in range(2)]
+    with on(cluster, config, "resources.recover.actors=2") as driver:
+        driver.wait_for(lambda: len(digests(cut / "recovered")) >= 2, "two units")
+        pid, unit = in_its_middle(cut)
+        lost = machine_of(pid, machines)
+        kept = {p: p.stat().st_mtime_ns for p in (cut / "recovered").glob("unit-*")}
+        assert unit not in {p.stem for p in kept}
+        # SIGKILL to the raylet first, as remove_node does too, but with its workers left to find out by themselves.
+        os.kill(raylet_of(lost), signal.SIGKILL)
+        cluster.remove_node(lost, allow_graceful=False)
+        driver.finish()
+    assert_whole(whole, cut)
+    assert {p: p.stat().st_mtime_ns for p in kept} == kept
+    assert records(cut)[unit]["attempt"] == 2
+    assert retried(cut) == 1
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_notice_to_a_machine(runs: Any, cluster: Any) -> None:
+    """What a preStop hook calls: units keep their state, and nothing is started there any more."""
+    from cluster.preemption import notify
+
+    whole, cut, config = runs(ipc=4, iterations=LONG)
+    leaving = add_machine(cluster)
+    with on(cluster, config, "resources.recover.actors=[1,2]") as driver:
+        _, unit = in_its_middle(cut)
+        staying = add_machine(cluster)
+        assert notify(20, leaving.node_id) == (1, 0)
+        kept = records(cut)[unit]["done"]
+        moved = driver.wait_for(lambda: [p for p, name in working(cut).items() if name == unit], "second start")
+        assert machine_of(moved[0], [leaving, staying]) is staying
+        driver.finish()
+    assert_whole(whole, cut)
+    assert retried(cut) == 1
+    found = records(cut)[unit]
+    assert 0 < kept == found["from"]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_machine_that_joins_late_gets_units(runs: Any, cluster: Any) -> None:
+    whole, cut, config = runs(ipc=6, iterations=LONG)
+    first = add_machine(cluster)
+    with on(cluster, config, "resources.recover.actors=[1,2]") as driver:
+        in_its_middle(cut)
+        late = add_machine(cluster)
+        driver.wait_for(
+            lambda: any(machine_of(pid, [first, late]) is late for pid in list(working(cut))),
+            "unit on the late machine",
+        )
+        driver.finish()
+    assert_whole(whole, cut)
+    assert retried(cut) == 0
+
+
+class Chaos:
+    """Kills at random: workers and whole machines, which are replaced; never one unit so often that it is given up."""
+
+    def __init__(self, cluster: Any, out: Path, machines: list[Any], seed: int):
+        self.cluster, self.out, self.machines, self.rng = cluster, out, machines, random.Random(seed)
+        self.kills: dict[str, int] = {"worker": 0, "machine": 0, "notice": 0}
+
+    def strike(self) -> None:
+        spared = {name for name, r in records(self.out).items() if r["session_attempt"] >= MAX_ATTEMPTS}
+        found = working(self.out)
+        targets = [pid for pid, name in found.items() if name not in spared]
+        if not targets:
+            return
+        pid = self.rng.choice(sorted(targets))
+        kind = self.rng.choice(["worker", "worker", "notice", "machine"])
+        with contextlib.suppress(OSError, StopIteration):
+            if kind == "machine":
+                lost = machine_of(pid, self.machines)
+                self.machines.remove(lost)
+                self.cluster.remove_node(lost, allow_graceful=False)
+                self.machines.append(add_machine(self.cluster))
+            else:
+                os.kill(pid, signal.SIGTERM if kind == "notice" else signal.SIGKILL)
+            self.kills[kind] += 1
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_soak(runs: Any, cluster: Any) -> None:
+    """At least 20 kills in one run: nothing is lost, nothing is done twice, and Ray Data does not stand still."""
+    whole, cut, config = runs(ipc=SOAK_UNITS, iterations=LONG, checkpoint_every=100)
+    machines = [add_machine(cluster) for _ in range(2)]
+    chaos = Chaos(cluster, cut, machines, seed=1)
+    seen: dict[str, int] = {}
+    with on(cluster, config, "resources.recover.actors=[1,2]", "resources.session.no_progress_timeout_s=120") as driver:
+        end = time.monotonic() + 700
+        while driver.process.poll() is None and time.monotonic() < end:
+            if sum(chaos.kills.values()) < 24:
+                chaos.strike()
+            time.sleep(chaos.rng.uniform(1.0, 4.0))
+            for path in (cut / "recovered").glob("unit-*"):
+                assert seen.setdefault(path.name, path.stat().st_mtime_ns) == path.stat().st_mtime_ns
+        text = driver.finish(timeout=1)
+    print(chaos.kills, retried(cut), text)
+    assert sum(chaos.kills.values()) >= 20
+    assert min(chaos.kills.values()) >= 1
+    assert retried(cut) >= 20
+    assert_whole(whole, cut)
