@@ -88,8 +88,8 @@ class Attempts:
         here = last["session_attempt"] + 1 if again else 1
         if here > MAX_ATTEMPTS:
             raise RunError(
-                f"{what or f'{task} (seed {self._seed})'} lost its worker {MAX_ATTEMPTS} times, most likely for want of "
-                f"memory; {self._remedy}, or run the same command again if its machines went away"
+                f"{what or f'{task} (seed {self._seed})'} lost its worker {MAX_ATTEMPTS} times, most likely for want "
+                f"of memory; {self._remedy}, or run the same command again if its machines went away"
             )
         record = {
             "attempt": last.get("attempt", 0) + 1,

@@ -16,7 +16,7 @@ from cluster.errors import RunError
 from cluster.rng import generator
 from stages.data import DataSpec
 from stages.recover.augment import augment, draw_augmentation
-from stages.recover.objective import recovery_loss, tap_teachers
+from stages.recover.objective import LocalObjective, Objective
 from stages.recover.options import RecoverOptions
 from stages.recover.selection import step_teachers
 from stages.recover.state import RecoveryState
@@ -63,7 +63,7 @@ def initial_noise(unit: RecoverUnit, data: DataSpec) -> Tensor:
 def recover_unit(
     unit: RecoverUnit,
     images: Tensor | None,
-    teachers: Mapping[str, Teacher],
+    teachers: Mapping[str, Teacher] | Objective,
     options: RecoverOptions,
     data: DataSpec,
     device: torch.device | str,
@@ -76,7 +76,7 @@ def recover_unit(
     Args:
         unit: what to optimise and against whom.
         images: initial images, normalised float32 [n, C, S, S]; None: noise.
-        teachers: at least those the unit names, on ``device``.
+        teachers: at least those the unit names, on ``device``; or an objective that knows them.
         options: the objective and its optimiser; ``unit.iterations`` is the number of steps.
         data: the normalised space.
         device: where to compute.
@@ -95,7 +95,8 @@ def recover_unit(
     # As published, noise is not clamped before the first step.
     x = x.detach().clone().requires_grad_()
     y = torch.tensor(unit.classes, device=x.device)
-    taps = tap_teachers(teachers, unit.logit_teachers, unit.bn_teachers, x.detach()[:1], options)
+    objective = LocalObjective(teachers, options) if isinstance(teachers, Mapping) else teachers
+    objective.prepare(unit.logit_teachers, unit.bn_teachers, x.detach()[:1])
     optimizer = torch.optim.Adam([x], lr=options.lr, betas=options.betas, eps=ADAM_EPS)
     first_bad = torch.full((), unit.iterations, device=x.device)
     last_bn: dict[str, Tensor] = {}
@@ -119,23 +120,25 @@ def recover_unit(
             done, x.detach(), adam["exp_avg"], adam["exp_avg_sq"], int(first_bad), dict(last_bn), list(log)
         )
 
-    with _reproducible_float32():
+    with reproducible_float32():
         for step in range(begin, unit.iterations):
             logit_names, bn_names = step_teachers(unit, options, step)
             drawn = draw_augmentation(unit.seed, step, len(x), data.image_size, options)
-            loss, ce, l_bn = recovery_loss(augment(x, drawn), y, taps, logit_names, bn_names, options)
-            # Gradients of the pixels alone, whatever the teachers' own flags say.
-            (x.grad,) = torch.autograd.grad(loss, [x])
+            augmented = augment(x, drawn)
+            found = objective.step(augmented.detach(), y, logit_names, bn_names)
+            (x.grad,) = torch.autograd.grad(augmented, [x], found.gradient)
             optimizer.param_groups[0]["lr"] = learning_rate(step, unit.iterations, options.lr)
             optimizer.step()
             with torch.no_grad():
                 x.clamp_(low, high)
-                first_bad = torch.where(loss.isfinite() & x.isfinite().all(), first_bad, first_bad.clamp_max(step))
-                last_bn |= {name: value.detach() for name, value in l_bn.items()}
+                first_bad = torch.where(
+                    found.loss.isfinite() & x.isfinite().all(), first_bad, first_bad.clamp_max(step)
+                )
+                last_bn |= found.l_bn
             if step % LOG_EVERY == 0 or step == unit.iterations - 1:
                 _check_finite(unit, int(first_bad))
-                bn = {name: value.item() for name, value in l_bn.items()}
-                log.append({"step": step, "loss": loss.item(), "ce": ce.item(), "bn": bn})
+                bn = {name: value.item() for name, value in found.l_bn.items()}
+                log.append({"step": step, "loss": found.loss.item(), "ce": found.ce.item(), "bn": bn})
             if on_step:
                 on_step(step + 1, unit.iterations)
             if on_state and step + 1 < unit.iterations:
@@ -158,7 +161,7 @@ def _check_finite(unit: RecoverUnit, first_bad: int) -> None:
 
 
 @contextlib.contextmanager
-def _reproducible_float32() -> Iterator[None]:
+def reproducible_float32() -> Iterator[None]:
     """Same bytes from the same unit on the same GPU, computed in full float32.
 
     No timing-based choice among cuDNN's algorithms, and no TF32, which cuDNN would use by default.

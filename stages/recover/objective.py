@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -141,12 +142,90 @@ def tap_teachers(
     """
     taps = {name: BNTap(name, teachers[name], example, options) for name in dict.fromkeys([*logit_names, *bn_names])}
     for name in bn_names:
-        if not taps[name].layers and not options.allow_null_bn:
-            raise UserError(
-                f"recover.bn_teachers: {name} has no BatchNorm layer to match; remove it, or set "
-                "recover.allow_null_bn=true to let it count as 0 as the published code does"
-            )
+        check_layers(name, len(taps[name].layers), options)
     return taps
+
+
+def check_layers(name: str, layers: int, options: RecoverOptions) -> None:
+    """Refuse a BN teacher of which no BatchNorm layer runs.
+
+    Raises:
+        UserError: and ``allow_null_bn`` is off.
+    """
+    if not layers and not options.allow_null_bn:
+        raise UserError(
+            f"recover.bn_teachers: {name} has no BatchNorm layer to match; remove it, or set "
+            "recover.allow_null_bn=true to let it count as 0 as the published code does"
+        )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The objective at one batch.
+
+    Attributes:
+        loss, ce: L and the cross-entropy, scalars.
+        l_bn: L_BN of each member of the BN set, scalars.
+        gradient: ∂L/∂x of the batch.
+    """
+
+    loss: Tensor
+    ce: Tensor
+    l_bn: dict[str, Tensor]
+    gradient: Tensor
+
+
+class Objective(Protocol):
+    """What a unit is optimised against; the loop over the steps needs nothing else of the teachers."""
+
+    def prepare(self, logit_names: Sequence[str], bn_names: Sequence[str], example: Tensor) -> None:
+        """Get ready for a unit.
+
+        Args:
+            logit_names: all that its steps may name for the cross-entropy.
+            bn_names: all that its steps may name for the BN set.
+            example: images to find out which layers run, [≥1, C, S, S] normalised.
+
+        Raises:
+            UserError: a BN teacher cannot be matched.
+        """
+        ...
+
+    def step(self, x: Tensor, y: Tensor, logit_names: Sequence[str], bn_names: Sequence[str]) -> Measured:
+        """Measure one augmented batch.
+
+        Args:
+            x: normalised float [B, C, S, S], without history.
+            y: int64 [B] labels.
+            logit_names: teachers of the cross-entropy.
+            bn_names: the BN set.
+        """
+        ...
+
+
+class LocalObjective:
+    """All teachers here, on one device: one forward pass of each, one backward pass of all.
+
+    Args:
+        teachers: at least those that units name.
+        options: weights of the terms.
+    """
+
+    def __init__(self, teachers: Mapping[str, Teacher], options: RecoverOptions):
+        self._teachers, self._options = teachers, options
+        self._taps: dict[str, BNTap] = {}
+
+    def prepare(self, logit_names: Sequence[str], bn_names: Sequence[str], example: Tensor) -> None:
+        """See ``Objective``."""
+        self._taps = tap_teachers(self._teachers, logit_names, bn_names, example, self._options)
+
+    def step(self, x: Tensor, y: Tensor, logit_names: Sequence[str], bn_names: Sequence[str]) -> Measured:
+        """See ``Objective``."""
+        x = x.detach().requires_grad_()
+        loss, ce, l_bn = recovery_loss(x, y, self._taps, logit_names, bn_names, self._options)
+        # The gradient of the batch alone, whatever the teachers' own flags say.
+        (gradient,) = torch.autograd.grad(loss, [x])
+        return Measured(loss.detach(), ce.detach(), {name: v.detach() for name, v in l_bn.items()}, gradient)
 
 
 def recovery_loss(

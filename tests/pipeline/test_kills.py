@@ -22,7 +22,7 @@ from cluster.progress import read_progress
 
 ROOT = Path(__file__).resolve().parents[2]
 # Steps of a unit of some seconds.
-LONG = 600
+LONG = 300
 SOAK_UNITS = 24
 
 
@@ -145,15 +145,16 @@ def wait_for(ready: Callable[[], Any], timeout: float = 120) -> Any:
 
 
 def in_its_middle(out: Path) -> tuple[int, str]:
-    """A process and the unit that it has worked on for half a second."""
+    """A process and the unit that it has worked on for a moment."""
     while True:
         pid, unit = wait_for(lambda: list(working(out).items()))[0]
-        time.sleep(0.5)
+        time.sleep(0.3)
         if working(out).get(pid) == unit:
             return pid, unit
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_sigkill_of_an_actor_in_the_middle_of_a_unit(prism: Any, runs: Any, ray_local: None) -> None:
     whole, cut, config = runs(iterations=LONG)
