@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cluster import preemption, shards, storage
 from cluster.attempts import Attempt, Attempts
+from cluster.errors import RunError
 from cluster.ledger import content_key
 from cluster.resources import ActorResources
 from cluster.runner import ActorStage, Row
@@ -163,7 +164,7 @@ class RecoverStage:
 
     def _forget(self, unit: RecoverUnit) -> None:
         # The unit is committed; what is left behind is of no harm.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, RunError):
             storage.remove(_state_uri(self.out, unit))
 
     def _keep(self, unit: RecoverUnit, attempt: Attempt, done: int, snapshot: Callable[[], RecoveryState]) -> None:
@@ -172,7 +173,7 @@ class RecoverStage:
         if notice or (every and done % every == 0):
             try:
                 storage.write_bytes(_state_uri(self.out, unit), snapshot().to_bytes(self._key(unit)))
-            except OSError as error:
+            except (OSError, RunError) as error:
                 # The unit itself may still succeed.
                 log.warning("%s: the state after step %d could not be kept: %s", unit.id, done, error)
         if notice:
