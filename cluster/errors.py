@@ -47,6 +47,10 @@ def redact(text: str) -> str:
     return _SIGNED_QUERY.sub(r"\1***", _USER_OF_ADDRESS.sub("***", text))
 
 
+class HelperLost(RunError):
+    """An actor that another one made for itself died, or its machine did."""
+
+
 def some(names: Sequence[str], most: int = 5) -> str:
     """The first few of many names, for a sentence."""
     return ", ".join(names[:most]) + (", …" if len(names) > most else "")

@@ -46,7 +46,7 @@ def listen() -> bool:
     Returns:
         Whether it does.
     """
-    if threading.current_thread() is not threading.main_thread() or not _is_worker():
+    if threading.current_thread() is not threading.main_thread() or not is_worker():
         return False
     before = signal.getsignal(signal.SIGTERM)
 
@@ -83,7 +83,8 @@ def leave() -> NoReturn:
     os._exit(1)
 
 
-def _is_worker() -> bool:
+def is_worker() -> bool:
+    """Whether this process is one that Ray started for its work."""
     ray = sys.modules.get("ray")
     return ray is not None and ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
 

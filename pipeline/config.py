@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from cluster.resources import ActorResources, Frozen, TrainResources
 from cluster.session import SessionOptions
 from stages.evaluate.options import EvaluateOptions
-from stages.recover.options import RecoverOptions
+from stages.recover.options import Placement, RecoverOptions
 from stages.relabel.options import RelabelOptions
 from stages.squeeze.options import SqueezeOptions
 from stages.teachers.arch import portable_arch
@@ -76,12 +76,19 @@ class DataConfig(Frozen):
 class ResourcesConfig(Frozen):
     """Where and on how much the stages run.
 
-    Changing it never changes results, except ``threads``, which for trainings come from the CPUs, ``parallel`` and the
-    number of networks where they are left open.
+    Changing it never changes results, except ``placement`` and ``threads``, which for trainings come from the CPUs,
+    ``parallel`` and the number of networks where they are left open.
+
+    Attributes:
+        placement: of the teachers of recovery. ``colocated`` = all in the unit's actor, on one device; ``per_teacher``
+            = each in an actor of its own, for pools that do not fit one device. Then ``recover`` describes the actor
+            of one teacher, by default with a GPU of its own, and ``recover.actors`` the units at the same time, by
+            default 1. The images of both agree up to the rounding of float sums.
     """
 
     session: SessionOptions = SessionOptions()
     squeeze: TrainResources = TrainResources()
+    placement: Placement = "colocated"
     recover: ActorResources = ActorResources()
     relabel: ActorResources = ActorResources(actors=1)
     evaluate: TrainResources = TrainResources()

@@ -61,7 +61,7 @@ class Run:
 
     @cached_property
     def image_identity(self) -> str:
-        """Hash of what images are made from: configuration, data, teachers' weights, torch threads.
+        """Hash of what images are made from: configuration, data, teachers' weights, torch threads, placement.
 
         Known once the teachers are there; a shard of another identity is redone.
         """
@@ -71,6 +71,9 @@ class Run:
             "teachers": {name: self.card(name).sha256 for name in self.config.teachers},
             "threads": self.config.resources.recover.threads,
         }
+        # What it was before there was a choice stays valid.
+        if self.config.resources.placement != "colocated":
+            content["placement"] = self.config.resources.placement
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @cached_property

@@ -20,6 +20,8 @@ from pipeline.preflight import Planned, check_space, preflight
 from pipeline.steps import STAGES, recover_stages, relabel_stages
 from pipeline.summary import SUMMARY_FILE
 from stages.evaluate.validate import ValidateStage
+from stages.recover.placement import teacher_resources
+from stages.recover.stage import RecoverStage
 
 
 def check_fit(run: Run, names: Sequence[str]) -> None:
@@ -39,6 +41,10 @@ def check_fit(run: Run, names: Sequence[str]) -> None:
         settle(resources.squeeze, len(run.config.teachers), "resources.squeeze")
     if "recover" in names:
         fit_pools(recover_stages(run, ""), len(run.units))
+        if resources.placement == "per_teacher":
+            count = len({*run.config.recover.logit_teachers, *run.config.recover.bn_teachers})
+            own = teacher_resources(resources.recover, count)
+            fit_pools([ActorStage("recover, actors of teachers", RecoverStage, resources=own)], 10**6)
     if "relabel" in names:
         fit_pools(relabel_stages(run, DISTILLED, ""), len(run.label_units))
     if "evaluate" in names:

@@ -66,6 +66,7 @@ def recover_stages(run: Run, identity: str) -> list[ActorStage]:
             config.recover,
             identity,
             config.resources.recover,
+            config.resources.placement,
         )
     ]
 

@@ -10,6 +10,8 @@ from cluster.resources import Frozen
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 """Decay of one of Adam's averages."""
+Placement = Literal["colocated", "per_teacher"]
+"""Where the teachers of a unit live: with its pixels, or each in an actor of its own."""
 
 
 class Stagger(Frozen):

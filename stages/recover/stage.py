@@ -10,12 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
-import torch
 from torch import Tensor
 
 from cluster import preemption, shards, storage
 from cluster.attempts import Attempt, Attempts
-from cluster.errors import RunError
+from cluster.errors import HelperLost, RunError
 from cluster.ledger import content_key
 from cluster.resources import ActorResources
 from cluster.runner import ActorStage, Row
@@ -23,12 +22,14 @@ from stages.data import DataSpec
 from stages.device import pick_device
 from stages.images import encode_png
 from stages.recover.core import recover_unit
-from stages.recover.options import RecoverOptions
+from stages.recover.options import Placement, RecoverOptions
+from stages.recover.placement import load_on, split_objective, unit_resources
 from stages.recover.sources import SourceReader
+from stages.recover.split import SplitObjective
 from stages.recover.state import RecoveryState
 from stages.recover.unit import RecoverUnit
 from stages.teachers.options import TeacherSpec
-from stages.teachers.teacher import load_teacher
+from stages.teachers.teacher import Teacher
 
 log = logging.getLogger("prism")
 
@@ -45,6 +46,7 @@ class RecoverStage:
         identity: what the images depend on, in one string; a shard of another identity is redone.
         session: tells this run's attempts from those of an earlier, interrupted one.
         gpu: use the actor's GPU where it has one.
+        split: every teacher has an actor of its own; None: all are here.
     """
 
     def __init__(
@@ -57,13 +59,14 @@ class RecoverStage:
         identity: str,
         session: str,
         gpu: bool,
+        split: ActorResources | None = None,
     ):
-        self.device = pick_device(gpu)
-        # Channels-last weights make convolutions lay out their activations likewise: a fifth faster on CPUs.
-        self.teachers = {
-            name: load_teacher(name, spec, data, self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            for name, spec in teachers.items()
-        }
+        # With its teachers elsewhere, an actor computes little, and leaves the devices to them.
+        self.device = pick_device(gpu and split is None)
+        self.specs, self.split = dict(teachers), split
+        here = {} if split else teachers
+        self.teachers = {name: load_on(name, spec, data, self.device) for name, spec in here.items()}
+        self.objective: SplitObjective | None = None
         self.out, self.data, self.options, self.identity = out, data, options, identity
         self.attempts = Attempts(
             storage.join(out, "progress", "recover"), session, "lower resources.recover.actors or recover.chunk"
@@ -91,8 +94,21 @@ class RecoverStage:
                 return self._finished(unit)
             return self._recover(unit)
 
+    def _against(self) -> Mapping[str, Teacher] | SplitObjective:
+        """The teachers, or the objective that knows where they are.
+
+        The latter is not made in the constructor: there may be no room for it yet, and to Ray an actor that waits is
+        none.
+        """
+        if self.split is None:
+            return self.teachers
+        if self.objective is None:
+            self.objective = split_objective(self.specs, self.data, self.options, self.split)
+        return self.objective
+
     def _recover(self, unit: RecoverUnit) -> Row:
         start = time.monotonic()
+        against = self._against()
         state = self._kept(unit)
         attempt = self.attempts.begin(
             unit.id,
@@ -108,17 +124,29 @@ class RecoverStage:
             names = list(sources.names)
             images = self.data.normalise(sources.pixels)
             sizes.append(self._commit(_init_uri(self.out, unit), unit, sources.pixels, names, {}))
-        result = recover_unit(
-            unit,
-            images,
-            self.teachers,
-            self.options,
-            self.data,
-            self.device,
-            on_step=lambda done, total: attempt.update(done),
-            state=state,
-            on_state=lambda done, snapshot: self._keep(unit, attempt, done, snapshot),
-        )
+        last: list[tuple[int, Callable[[], RecoveryState]]] = []
+
+        def on_state(done: int, snapshot: Callable[[], RecoveryState]) -> None:
+            last[:] = [(done, snapshot)]
+            self._keep(unit, attempt, done, snapshot)
+
+        try:
+            result = recover_unit(
+                unit,
+                images,
+                against,
+                self.options,
+                self.data,
+                self.device,
+                on_step=lambda done, total: attempt.update(done),
+                state=state,
+                on_state=on_state,
+            )
+        except HelperLost:
+            # What the teachers were asked for is lost, the pixels are not: Ray starts the unit, and teachers, again.
+            if last:
+                self._write_state(unit, *last[0])
+            preemption.leave()
         outcome = {
             "logit_teacher": ",".join(unit.logit_teachers),
             "bn_teachers": list(result.loss_bn),
@@ -171,14 +199,17 @@ class RecoverStage:
         """Keep the state now and then, and upon a notice, whatever ``checkpoint_every`` says: it costs little."""
         notice, every = preemption.noticed(), self.options.checkpoint_every
         if notice or (every and done % every == 0):
-            try:
-                storage.write_bytes(_state_uri(self.out, unit), snapshot().to_bytes(self._key(unit)))
-            except (OSError, RunError) as error:
-                # The unit itself may still succeed.
-                log.warning("%s: the state after step %d could not be kept: %s", unit.id, done, error)
+            self._write_state(unit, done, snapshot)
         if notice:
             attempt.excuse(done)
             preemption.leave()
+
+    def _write_state(self, unit: RecoverUnit, done: int, snapshot: Callable[[], RecoveryState]) -> None:
+        try:
+            storage.write_bytes(_state_uri(self.out, unit), snapshot().to_bytes(self._key(unit)))
+        except (OSError, RunError) as error:
+            # The unit itself may still succeed.
+            log.warning("%s: the state after step %d could not be kept: %s", unit.id, done, error)
 
     def _commit(
         self,
@@ -215,6 +246,7 @@ def recover_stage(
     options: RecoverOptions,
     identity: str,
     resources: ActorResources,
+    placement: Placement = "colocated",
 ) -> ActorStage:
     """The stage for a runner.
 
@@ -225,7 +257,9 @@ def recover_stage(
         data: image space.
         options: of recovery.
         identity: what the images depend on, in one string.
-        resources: of one actor and the pool.
+        resources: of one actor and the pool; with ``per_teacher``, of one teacher's actor and the number of units at
+            the same time.
+        placement: of the teachers.
     """
     used = dict.fromkeys([*options.logit_teachers, *options.bn_teachers])
     return ActorStage(
@@ -240,8 +274,9 @@ def recover_stage(
             "identity": identity,
             "session": uuid.uuid4().hex,
             "gpu": resources.gpus != 0,
+            "split": resources if placement == "per_teacher" else None,
         },
-        resources=resources,
+        resources=resources if placement == "colocated" else unit_resources(resources),
     )
 
 

@@ -45,7 +45,7 @@ def test_stages_keep_to_their_pool(monkeypatch, gpus, wanted):
     ]
     images = type("Images", (), {"images": torch.zeros(1)})()
     monkeypatch.setattr("stages.relabel.stage.load_image_set", lambda *args: images)
-    for module in ("recover.stage", "relabel.stage", "evaluate.diversity"):
+    for module in ("recover.placement", "relabel.stage", "evaluate.diversity"):
         monkeypatch.setattr(f"stages.{module}.load_teacher", load)
     for stage in stages:
         with pytest.raises(KeyboardInterrupt):

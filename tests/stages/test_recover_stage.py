@@ -40,8 +40,9 @@ ARCHS = {
     "mobile": ("builtin:mobilenetv2", {"width_mult": 0.25}),
 }
 # Fails while recovering only, so that loading (which tries a teacher out) succeeds.
-BROKEN = """
+BROKEN = '''
 import os
+import pathlib
 from torch import nn
 
 class Net(nn.Module):
@@ -55,9 +56,25 @@ class Net(nn.Module):
         out = self.head(self.bn(x).mean((2, 3)))
         return out * float("nan") if x.requires_grad else out
 
+class Once(nn.Module):
+    """Ends its process at the fifth step, the first time that any gets there."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.bn, self.head, self.steps = nn.BatchNorm2d(3), nn.Linear(3, classes), 0
+        self.marker = pathlib.Path(__file__).with_name("once")
+
+    def forward(self, x):
+        self.steps += x.requires_grad
+        if self.steps == 5 and not self.marker.exists():
+            self.marker.touch()
+            os._exit(1)
+        return self.head(self.bn(x).mean((2, 3)))
+
+def once(num_classes): return Once(num_classes)
 def nan(num_classes): return Net(num_classes, False)
 def kill(num_classes): return Net(num_classes, True)
-"""
+'''
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +101,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Teac
         )
     )  # fmt: skip
     (root / "broken.py").write_text(BROKEN)
-    archs = {**ARCHS, "nan": (f"user:{root}/broken.py:nan", {}), "kill": (f"user:{root}/broken.py:kill", {})}
+    archs = {**ARCHS, "nan": (f"user:{root}/broken.py:nan", {}), "kill": (f"user:{root}/broken.py:kill", {}),
+             "once": (f"user:{root}/broken.py:once", {})}  # fmt: skip
     specs = {}
     for index, (name, (arch, kwargs)) in enumerate(archs.items()):
         spec = TeacherSpec(arch=arch, kwargs=kwargs, weights=str(root / f"{name}.safetensors"))
@@ -118,9 +136,9 @@ SETS = [["res"], ["res", "conv"], ["res", "mobile", "conv"], ["conv", "mobile"]]
 
 def stage_of(world: tuple[str, dict[str, TeacherSpec]], out: Path, names: Sequence[str], **change: Any) -> ActorStage:
     train, specs = world
-    actors = change.pop("actors", 1)
+    actors, placement = change.pop("actors", 1), change.pop("placement", "colocated")
     options = RecoverOptions(logit_teachers=[names[0]], bn_teachers=list(names), selection="fixed", roll=3, **change)
-    return recover_stage(str(out), train, specs, DATA, options, "identity-1", ActorResources(actors=actors))
+    return recover_stage(str(out), train, specs, DATA, options, "identity-1", ActorResources(actors=actors), placement)
 
 
 def shard_bytes(out: Path) -> dict[str, bytes]:
@@ -436,3 +454,59 @@ def test_one_unit_fails_and_the_others_go_on(world: tuple[str, Any], tmp_path: P
     for index, unit in enumerate(units):
         assert is_committed(str(tmp_path), unit, "identity-1") == (index not in (1, 2))
         assert bool(rows[unit.id]) == (index in (1, 2))
+
+
+def pixels_of(out: Path, unit: RecoverUnit) -> np.ndarray:
+    rows = pq.read_table(out / "recovered" / f"{unit.id}.parquet").to_pylist()
+    return np.stack([to_pixels(row["image"]["bytes"], 16, 3) for row in rows]).astype(int)
+
+
+@pytest.fixture(scope="module")
+def split_serial(world: tuple[str, dict[str, TeacherSpec]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every teacher by itself, in this process."""
+    out = tmp_path_factory.mktemp("split")
+    stage = stage_of(world, out, list(ARCHS), placement="per_teacher")
+    assert [row["error"] for row in run_serial(recover_rows(units_of(SETS)), [stage])] == [""] * len(SETS)
+    return out
+
+
+def test_per_teacher_agrees_with_colocated(split_serial: Path, serial: tuple[Path, list[Row]]) -> None:
+    for unit in units_of(SETS):
+        gap = np.abs(pixels_of(split_serial, unit) - pixels_of(serial[0], unit))
+        assert gap.mean() < 0.1
+        parts, whole = (
+            pq.read_table(out / "recovered" / f"{unit.id}.parquet").to_pylist()[0] for out in (split_serial, serial[0])
+        )
+        assert parts["loss_ce"] == pytest.approx(whole["loss_ce"], rel=1e-3)
+        assert parts["loss_bn"] == pytest.approx(whole["loss_bn"], rel=1e-3)
+
+
+@pytest.mark.ray
+def test_per_teacher_has_actors_of_its_own(
+    split_serial: Path, world: tuple[str, Any], tmp_path: Path, ray_local: None
+) -> None:
+    stage = stage_of(world, tmp_path, list(ARCHS), placement="per_teacher")
+    rows = list(run_ray(recover_rows(units_of(SETS)), [stage]))
+    assert [row["error"] for row in rows] == [""] * len(SETS)
+    assert shard_bytes(tmp_path) == shard_bytes(split_serial)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_death_of_a_teachers_actor_restarts_the_unit(
+    world: tuple[str, Any], tmp_path: Path, ray_local: None
+) -> None:
+    """In its middle: the pixels are still there."""
+    units = units_of([["res", "once"]], iterations=8)
+    marker = Path(world[0]).parent / "once"
+    marker.touch()
+    stage = stage_of(world, tmp_path / "whole", ["res", "once"], placement="per_teacher")
+    assert [row["error"] for row in run_serial(recover_rows(units), [stage])] == [""]
+    marker.unlink()
+    stage = stage_of(world, tmp_path / "cut", ["res", "once"], placement="per_teacher")
+    (row,) = run_ray(recover_rows(units), [stage])
+    assert (row["error"], row["attempt"]) == ("", 2)
+    assert marker.exists()
+    record = read_progress(str(tmp_path / "cut" / "progress" / "recover"))[units[0].id]
+    assert record["from"] == 4
+    assert shard_bytes(tmp_path / "cut") == shard_bytes(tmp_path / "whole")
