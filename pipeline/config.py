@@ -82,7 +82,7 @@ class ResourcesConfig(Frozen):
     Attributes:
         placement: of the teachers of recovery. ``colocated`` = all in the unit's actor, on one device; ``per_teacher``
             = each in an actor of its own, for pools that do not fit one device. Then ``recover`` describes the actor
-            of one teacher, by default with a GPU of its own, and ``recover.actors`` the units at the same time, by
+            of one teacher, by default with a GPU of its own, and its ``actors`` the units at the same time, by
             default 1. The images of both agree up to the rounding of float sums.
     """
 
