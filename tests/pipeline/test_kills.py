@@ -144,13 +144,16 @@ def wait_for(ready: Callable[[], Any], timeout: float = 120) -> Any:
     return found
 
 
-def in_its_middle(out: Path) -> tuple[int, str]:
+def in_its_middle(out: Path, driver: Driver | None = None) -> tuple[int, str]:
     """A process and the unit that it has worked on for a moment."""
-    while True:
-        pid, unit = wait_for(lambda: list(working(out).items()))[0]
-        time.sleep(0.3)
-        if working(out).get(pid) == unit:
-            return pid, unit
+
+    def ready() -> list[tuple[int, str]]:
+        assert driver is None or driver.process.poll() is None, driver.process.communicate()[0]
+        found = list(working(out).items())
+        time.sleep(0.3 if found else 0)
+        return [(pid, unit) for pid, unit in found if working(out).get(pid) == unit]
+
+    return wait_for(ready)[0]
 
 
 @pytest.mark.ray
@@ -239,7 +242,7 @@ def test_sigkill_of_a_machine_in_the_middle_of_a_unit(runs: Any, cluster: Any) -
     machines = [add_machine(cluster) for _ in range(2)]
     with on(cluster, config, "resources.recover.actors=2") as driver:
         driver.wait_for(lambda: len(digests(cut / "recovered")) >= 2, "two units")
-        pid, unit = in_its_middle(cut)
+        pid, unit = in_its_middle(cut, driver)
         lost = machine_of(pid, machines)
         kept = {p: p.stat().st_mtime_ns for p in (cut / "recovered").glob("unit-*")}
         assert unit not in {p.stem for p in kept}
@@ -263,7 +266,7 @@ def test_notice_to_a_machine(runs: Any, cluster: Any) -> None:
     whole, cut, config = runs(ipc=4, iterations=LONG)
     leaving = add_machine(cluster)
     with on(cluster, config, "resources.recover.actors=[1,2]") as driver:
-        _, unit = in_its_middle(cut)
+        _, unit = in_its_middle(cut, driver)
         staying = add_machine(cluster)
         assert notify(20, leaving.node_id) == (1, 0)
         kept = records(cut)[unit]["done"]
@@ -283,7 +286,7 @@ def test_a_machine_that_joins_late_gets_units(runs: Any, cluster: Any) -> None:
     whole, cut, config = runs(ipc=6, iterations=LONG)
     first = add_machine(cluster)
     with on(cluster, config, "resources.recover.actors=[1,2]") as driver:
-        in_its_middle(cut)
+        in_its_middle(cut, driver)
         late = add_machine(cluster)
         driver.wait_for(
             lambda: any(machine_of(pid, [first, late]) is late for pid in list(working(cut))),
