@@ -176,7 +176,8 @@ class RecoverStage:
         uris = [storage.join(folder, f"{unit.id}.parquet") for folder in folders(self.out, self.options)]
         sizes = [storage.size(uri) for uri in uris]
         attempt = self.attempts.finish(unit.id)
-        return {"id": unit.id, "error": "", "seconds": 0.0, **found, "attempt": attempt, "sizes": sizes}
+        row = {"id": unit.id, "error": "", "seconds": 0.0, "images": len(unit.classes), **found}
+        return row | {"attempt": attempt, "sizes": sizes}
 
     def _key(self, unit: RecoverUnit) -> dict[str, Any]:
         """What a kept state belongs to."""

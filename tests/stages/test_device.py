@@ -43,7 +43,7 @@ def test_stages_keep_to_their_pool(monkeypatch, gpus, wanted):
         relabel_stages("l", "i", {"t": SPEC}, DATA, RelabelOptions(teachers=["t"]), 0, "i", resources, "p")[0],
         diversity_stage("t", SPEC, DATA, resources),
     ]
-    images = type("Images", (), {"images": torch.zeros(1)})()
+    images = type("Images", (), {"images_near": lambda self, device: torch.zeros(1)})()
     monkeypatch.setattr("stages.relabel.stage.load_image_set", lambda *args: images)
     for module in ("recover.placement", "relabel.stage", "evaluate.diversity"):
         monkeypatch.setattr(f"stages.{module}.load_teacher", load)
