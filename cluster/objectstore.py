@@ -32,6 +32,7 @@ PATIENCE_S = 300
 # Before the store has answered this process once, a wrong address is likelier than a store that is away.
 FIRST_TRIES = 4
 LONGEST_WAIT_S = 20
+CONNECTIONS = 32
 
 # Answers below 500 that pass: a body damaged or too slow on its way up, and throttling by other stores.
 PASSING_CODES = {
@@ -98,7 +99,12 @@ class ObjectStore(S3FileSystem):  # type: ignore[misc]
 
     def _prepare_config_kwargs(self) -> dict[str, Any]:
         profile = botocore.session.Session().get_scoped_config()
-        config = {**super()._prepare_config_kwargs(), "retries": {"total_max_attempts": 1, "mode": "standard"}}
+        config = {
+            **super()._prepare_config_kwargs(),
+            "retries": {"total_max_attempts": 1, "mode": "standard"},
+            # All threads of a process share them; one that stands still must not hold up the rest.
+            "max_pool_connections": CONNECTIONS,
+        }
         if endpoint() and "addressing_style" not in (profile.get("s3") or {}):
             # A store of one's own seldom has a host name for every bucket.
             config["s3"] = {"addressing_style": "path"}
