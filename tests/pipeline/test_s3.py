@@ -89,7 +89,7 @@ def test_a_whole_run_in_a_bucket_gives_the_local_bytes(s3_store, prism, tiny_con
 def test_the_demo_through_a_store_that_fails_now_and_then(s3_store, fault_proxy, monkeypatch, tmp_path):
     """`prism run` as users start it, one in fifty requests spoiled: complete, and the bytes of a local run."""
     small = [
-        *("recover.ipc=2", "recover.iterations=20", "squeeze.epochs=1", "relabel.epochs=4"),
+        *("recover.ipc=2", "recover.iterations=20", "squeeze.epochs=1", "relabel.epochs=2"),
         *("evaluate.seeds=[0]", "evaluate.protocol.val_every=2", "resources.session.num_cpus=2"),
     ]
     address = os.environ["AWS_ENDPOINT_URL"]
@@ -109,9 +109,9 @@ def test_the_demo_through_a_store_that_fails_now_and_then(s3_store, fault_proxy,
     out, cache = f"{s3_store}/run", f"{s3_store}/cache"
     run(f"out={out}", f"data.train={s3_store}/data/train", f"data.val={s3_store}/data/val", f"squeeze.cache={cache}")
     assert all(proxy.done[fault] for fault in FAULTS), proxy.done
-    # Told of the server itself, the local run takes the same teachers.
+    # Told of the server itself, the local run takes the same teachers; without Ray, for bytes do not depend on it.
     monkeypatch.setenv("AWS_ENDPOINT_URL", address)
-    run(f"out={tmp_path / 'local'}", f"squeeze.cache={cache}")
+    run(f"out={tmp_path / 'local'}", f"squeeze.cache={cache}", "--serial")
     there = fetch(out)
     check_shards(out, there)
     same_results(there, fetch(str(tmp_path / "local")))
