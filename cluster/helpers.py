@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import ray
 import torch
@@ -43,6 +43,9 @@ class Helpers:
         HelperLost: a helper died while it was made.
     """
 
+    # (GPUs, torch threads) of the helpers of this process, which its own share does not hold.
+    held: ClassVar[tuple[float, int]] = (0.0, 0)
+
     def __init__(
         self, makers: Mapping[str, tuple[Callable[..., Any], dict[str, Any]]], cpus: float, gpus: float, threads: int
     ):
@@ -65,6 +68,7 @@ class Helpers:
         made = [self._actors[helper].make.remote(*maker, threads) for helper, maker in makers.items()]
         for ref in made:
             _result(ref)
+        Helpers.held = gpus * len(makers), threads * len(makers)
 
     def call(self, helper: str, method: str, *args: Any) -> Callable[[], Any]:
         """Ask a helper without waiting; what is returned waits.

@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray.util.metrics import Counter, Gauge, Histogram, Metric
 
+from cluster.helpers import Helpers
 from cluster.record import StageRecord, images_of
 
 # Seconds; a unit takes from less than one on a small machine to an hour.
@@ -55,7 +56,8 @@ class WorkerMetrics:
             yield
         finally:
             seconds = time.monotonic() - start
-            kind, share = ("gpu_seconds", self._gpus) if self._gpus else ("cpu_seconds", float(self._threads))
+            gpus, threads = self._gpus + Helpers.held[0], float(self._threads + Helpers.held[1])
+            kind, share = ("gpu_seconds", gpus) if gpus else ("cpu_seconds", threads)
             spent[kind] = spent.get(kind, 0.0) + share * seconds
             if self._on:
                 self._running.set(0)

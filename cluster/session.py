@@ -115,6 +115,9 @@ def configure_data(options: SessionOptions) -> None:
     context.arrow_fixed_shape_tensor_format = type(context.arrow_fixed_shape_tensor_format).ARROW_NATIVE
     for name in ("ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # What nodes tell every driver, as that they have many workers, would stand among the progress. No option turns it
+    # off; Ray's own debugger does it so.
+    ray._private.worker._worker_logs_enabled = False
 
 
 def cluster_totals() -> tuple[float, float]:

@@ -7,12 +7,15 @@ import logging
 import signal
 import sys
 import traceback
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cluster.errors import INTERRUPTED, PrismError, UserError, redact
 from cluster.progress import console
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
 
 # What Typer turns Ctrl-C into, without a word.
 CTRL_C = 128 + signal.SIGINT
@@ -32,6 +35,11 @@ Words = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Resolve, check and print; run nothing.")]
 Serial = Annotated[bool, typer.Option("--serial", help="In this process, without Ray: for debugging.")]
 
+Address = Annotated[
+    str | None,
+    typer.Option("--address", help="A running Ray cluster: auto or host:port. The same as resources.session.address."),
+]
+
 
 def _split(words: list[str] | None) -> tuple[str | None, list[str]]:
     words = words or []
@@ -41,12 +49,22 @@ def _split(words: list[str] | None) -> tuple[str | None, list[str]]:
     return (files[0] if files else None), [w for w in words if "=" in w]
 
 
-def _stages(words: list[str] | None, stages: list[str] | None, dry_run: bool, serial: bool) -> None:
+def _load(words: list[str] | None, address: str | None) -> Config:
     from pipeline.loading import load_config
+
+    file, overrides = _split(words)
+    return load_config(file, overrides + ([f"resources.session.address={address}"] if address else []))
+
+
+def _stages(
+    words: list[str] | None, stages: list[str] | None, dry_run: bool, serial: bool, address: str | None
+) -> None:
     from pipeline.run import dry_run as show
     from pipeline.run import execute
 
-    config = load_config(*_split(words))
+    if serial and address:
+        raise UserError("--address: a cluster is of no use with --serial, which runs in this process; give one of them")
+    config = _load(words, address)
     if dry_run:
         show(config)
     else:
@@ -54,33 +72,33 @@ def _stages(words: list[str] | None, stages: list[str] | None, dry_run: bool, se
 
 
 @app.command()
-def run(words: Words = None, dry_run: DryRun = False, serial: Serial = False) -> None:
+def run(words: Words = None, dry_run: DryRun = False, serial: Serial = False, address: Address = None) -> None:
     """Run every stage whose output is not complete; without CONFIG, the embedded demo."""
-    _stages(words, None, dry_run, serial)
+    _stages(words, None, dry_run, serial, address)
 
 
 @app.command()
-def squeeze(words: Words, dry_run: DryRun = False, serial: Serial = False) -> None:
+def squeeze(words: Words, dry_run: DryRun = False, serial: Serial = False, address: Address = None) -> None:
     """Train or adopt the teachers."""
-    _stages(words, ["squeeze"], dry_run, serial)
+    _stages(words, ["squeeze"], dry_run, serial, address)
 
 
 @app.command()
-def recover(words: Words, dry_run: DryRun = False, serial: Serial = False) -> None:
+def recover(words: Words, dry_run: DryRun = False, serial: Serial = False, address: Address = None) -> None:
     """Optimise the distilled images."""
-    _stages(words, ["recover"], dry_run, serial)
+    _stages(words, ["recover"], dry_run, serial, address)
 
 
 @app.command()
-def relabel(words: Words, dry_run: DryRun = False, serial: Serial = False) -> None:
+def relabel(words: Words, dry_run: DryRun = False, serial: Serial = False, address: Address = None) -> None:
     """Label augmented views of the distilled images (and of the baseline's)."""
-    _stages(words, ["relabel"], dry_run, serial)
+    _stages(words, ["relabel"], dry_run, serial, address)
 
 
 @app.command()
-def evaluate(words: Words, dry_run: DryRun = False, serial: Serial = False) -> None:
+def evaluate(words: Words, dry_run: DryRun = False, serial: Serial = False, address: Address = None) -> None:
     """Train students on the distilled data and test them on real data."""
-    _stages(words, ["evaluate"], dry_run, serial)
+    _stages(words, ["evaluate"], dry_run, serial, address)
 
 
 @app.command()
@@ -138,6 +156,20 @@ def report(out: Annotated[str, typer.Argument(help="A run directory")], dry_run:
     read_run(out)
     where = write_report(out, dry_run=dry_run)
     console.print(f"{'would write' if dry_run else 'wrote'} {where}", soft_wrap=True)
+
+
+@app.command()
+def doctor(words: Words = None, address: Address = None) -> None:
+    """Find what would keep a run from working: this machine and the cluster; with CONFIG its data and weights too."""
+    from cluster.session import SessionOptions
+    from pipeline.doctor import doctor as examine
+
+    file, overrides = _split(words)
+    if file is None and overrides:
+        raise UserError(f"{overrides[0]}: overrides a field of a configuration; name its file before it")
+    config = _load(words, address) if file else None
+    if not examine(config, config.resources.session if config else SessionOptions(address=address)):
+        raise typer.Exit(1)
 
 
 def main() -> None:
