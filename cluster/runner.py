@@ -8,7 +8,6 @@ of strings, numbers and numpy arrays with at least ``id`` (str) and ``error`` (s
 from __future__ import annotations
 
 import logging
-import math
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -17,10 +16,11 @@ from typing import Any, Protocol
 import torch
 
 from cluster.attempts import Attempts
-from cluster.errors import PrismError, RunError, UserError, redact
+from cluster.capacity import Capacity, read_capacity
+from cluster.errors import PrismError, RunError, redact
 from cluster.metrics import SPENT, WorkerMetrics
-from cluster.resources import ActorResources
-from cluster.session import cluster_totals
+from cluster.progress import console
+from cluster.resources import ActorResources, Pool, fit_actors
 
 Row = dict[str, Any]
 log = logging.getLogger("prism")
@@ -124,23 +124,41 @@ def run_ray(rows: list[Row], stages: list[ActorStage]) -> Iterator[Row]:
     # from_items, because Parquet sources collapse small files into one block and their readers
     # starve behind actors that hold the CPUs.
     data: ray.data.Dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-    for stage, (low, high, cpus, gpus) in zip(stages, fit_pools(stages, len(rows)), strict=True):
+    capacity = read_capacity()
+    for stage, pool in zip(stages, _fit(stages, len(rows), capacity), strict=True):
+        if not capacity.runs(pool.cpus, pool.gpus):
+            say_waiting(stage.name, pool.cpus, pool.gpus)
         data = data.map(
             _named(stage.name),  # type: ignore[arg-type]
             fn_constructor_args=(stage,),
-            compute=ray.data.ActorPoolStrategy(min_size=low, max_size=high),
-            num_cpus=cpus,
-            num_gpus=gpus,
+            # All at once: actors for which there is no room yet are what makes an autoscaler add nodes. A pool that
+            # Ray Data grows asks for a second node only after a unit was finished, and for few at a time. The others
+            # work meanwhile, and Ray Data ends actors that no unit is left for. One unit each, for a second that
+            # waits behind the first would keep an actor that comes later idle.
+            compute=ray.data.ActorPoolStrategy(size=pool.high, max_tasks_in_flight_per_actor=1),
+            num_cpus=pool.cpus,
+            num_gpus=pool.gpus,
         )
     try:
         yield from data.iter_rows()
     except Exception as error:
         names = ", ".join(stage.name for stage in stages)
-        reason = str(error).strip().splitlines()
         raise RunError(
-            f"{names}: Ray gave up ({reason[-1] if reason else type(error).__name__}); what is finished is kept, "
-            "run the same command again to resume"
+            f"{names}: {_gave_up(error)}; what is finished is kept, run the same command again to resume"
         ) from error
+
+
+def _gave_up(error: Exception) -> str:
+    import ray.data.exceptions
+
+    if isinstance(error, ray.data.exceptions.ExecutionTimeoutError):
+        limit = ray.data.DataContext.get_current().execution_no_progress_timeout_s
+        return (
+            f"no unit was finished for {limit:g} s, so Ray gave up; where units take longer, or nodes take longer to "
+            "come, raise resources.session.no_progress_timeout_s"
+        )
+    reason = str(error).strip().splitlines()
+    return f"Ray gave up ({reason[-1] if reason else type(error).__name__})"
 
 
 def _named(name: str) -> type[Guarded]:
@@ -148,41 +166,22 @@ def _named(name: str) -> type[Guarded]:
     return type("".join(w.title() for w in name.replace("-", " ").split()), (Guarded,), {})
 
 
-def fit_pools(stages: list[ActorStage], num_rows: int) -> list[tuple[int, int, float, float]]:
-    """(min actors, max actors, CPUs, GPUs of one actor) per stage on the running cluster.
-
-    CPU actors ask for a fraction, such that all pools together leave part of a CPU to Ray's own tasks: a reader
-    must always find one, or the pipeline stands still.
+def fit_pools(stages: list[ActorStage], num_rows: int) -> list[Pool]:
+    """The actors of every stage on the running cluster at its full size; see ``fit_actors``.
 
     Raises:
-        UserError: the smallest pools do not fit the cluster.
+        UserError: the smallest pools can never fit.
     """
-    total_cpus, total_gpus = cluster_totals()
-    out = []
-    for stage in stages:
-        wanted = stage.resources
-        # All pools of a chain work at the same time, so by default they share the devices, in shares that pack.
-        shared = 1 / math.ceil(len(stages) / total_gpus) if total_gpus else 0.0
-        gpus = wanted.gpus if wanted.gpus is not None else shared
-        room = int(total_gpus / gpus) if gpus else int(total_cpus // wanted.threads)
-        low, high = wanted.pool or (1, max(1, room))
-        # One actor per row is the most that can work at once.
-        low, high = min(low, num_rows), min(high, num_rows)
-        # GPU actors wait on the device; a CPU share would only bar them from nodes with few CPUs.
-        share = 0.0 if gpus else round(0.9 * total_cpus / (high * len(stages)), 3)
-        cpus = wanted.cpus if wanted.cpus is not None else min(float(wanted.threads), share)
-        out.append((low, high, cpus, gpus))
-    for kind, total, asked in (
-        ("CPUs", total_cpus, sum(low * cpus for low, _, cpus, _ in out)),
-        ("GPUs", total_gpus, sum(low * gpus for low, _, _, gpus in out)),
-    ):
-        # Ray would wait for them for hours without a word.
-        if asked > total + 1e-6:
-            raise UserError(
-                f"resources: {', '.join(stage.name for stage in stages)} ask for {asked:g} {kind} at least, but Ray "
-                f"has {total:g}; lower their cpus, gpus or actors"
-            )
-    return out
+    return _fit(stages, num_rows, read_capacity())
+
+
+def _fit(stages: list[ActorStage], num_rows: int, capacity: Capacity) -> list[Pool]:
+    return fit_actors([(stage.name, stage.resources) for stage in stages], num_rows, capacity)
+
+
+def say_waiting(name: str, cpus: float, gpus: float) -> None:
+    """Tell that no node runs yet on which a worker fits: it may take minutes until the autoscaler has started one."""
+    console.print(f"{name}: waiting for a node with {cpus:g} CPUs and {gpus:g} GPUs", soft_wrap=True)
 
 
 def failures(rows: Iterable[Row]) -> list[Row]:

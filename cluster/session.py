@@ -5,45 +5,58 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-# Read by Ray at import. A private local session needs no token, and a token file of another
-# cluster in the user's home must not be demanded of it.
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# Actors that wait are what makes an autoscaler add nodes (see ``run_ray``). Ray Data would ask for nodes as well, by
+# how busy the present ones are, and would hold on to them until the last unit of a stage is done.
+os.environ.setdefault("RAY_DATA_DEFAULT_CLUSTER_SCALING_UP_CPU_UTIL_THRESHOLD", NEVER := "1e9")
+os.environ.setdefault("RAY_DATA_DEFAULT_CLUSTER_SCALING_UP_GPU_UTIL_THRESHOLD", NEVER)
+os.environ.setdefault("RAY_DATA_DEFAULT_CLUSTER_SCALING_UP_MEMORY_UTIL_THRESHOLD", NEVER)
+os.environ.setdefault("RAY_DATA_DEFAULT_CLUSTER_SCALING_UP_OBJECT_STORE_MEMORY_UTIL_THRESHOLD", NEVER)
+os.environ.setdefault("RAY_DATA_CLUSTER_SCALING_UP_UTIL_THRESHOLD", NEVER)  # the other of its two ways
 # Ray's C++ side writes its own errors to the terminal; failures reach users as sentences instead.
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 
 import ray
 import ray.data
+from pydantic import Field
+from ray._raylet import Config  # type: ignore[attr-defined]
 
-from cluster.errors import INTERRUPTED, RunError, UserError
+from cluster.errors import INTERRUPTED, RunError, UserError, first_line
 from cluster.resources import Frozen
 
 OBJECT_STORE_MIN = 128 * 2**20
+AUTH_MODE = "RAY_AUTH_MODE"
 
 
 class SessionOptions(Frozen):
     """How to reach Ray.
 
     Attributes:
-        address: None starts a private session on this machine; else a running cluster (``auto`` or host:port).
+        address: None starts a private session on this machine; else a running cluster: ``auto`` finds the one of this
+            machine, on a head node or in a job, host:port names one. One that asks for a token gets that of
+            ``RAY_AUTH_TOKEN`` or of the file ``RAY_AUTH_TOKEN_PATH``; ``RAY_AUTH_MODE=token`` takes
+            ``~/.ray/auth_token`` too.
         num_cpus: logical CPUs of a private session. None: those of the machine.
         object_store_mb: object store of a private session. None: an eighth of the memory, at most 2 GiB, since
             images and weights do not pass through it.
-        no_progress_timeout_s: a Ray Data stage that finishes nothing for so long is ended. Must exceed the
-            longest unit.
+        no_progress_timeout_s: recover, relabel or validation is ended when none of its units has finished or been
+            handed out for so many seconds, which says that it hangs. Must exceed the longest unit and the longest
+            wait for a node of an autoscaled cluster together. None: never.
     """
 
     address: str | None = None
     num_cpus: int | None = None
     object_store_mb: int | None = None
-    no_progress_timeout_s: int = 6 * 3600
+    no_progress_timeout_s: int | None = Field(default=12 * 3600, ge=1)
 
 
 @contextlib.contextmanager
@@ -71,39 +84,93 @@ def ray_session(options: SessionOptions) -> Iterator[None]:
     """Hold a Ray session open. One that the caller already has is used and left running.
 
     Raises:
-        UserError: ``address`` does not answer.
+        UserError: ``address`` does not answer, or not to this driver.
         RunError: a private session does not start.
     """
-    owned = not ray.is_initialized()
-    if owned:
-        common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
-        if options.address is None:
-            common |= {
-                "num_cpus": options.num_cpus,
-                "object_store_memory": _object_store_bytes(options),
-                "include_dashboard": False,
-                "_temp_dir": os.environ.get("RAY_TMPDIR") or os.path.join(tempfile.gettempdir(), "ray"),
-            }
+    with contextlib.nullcontext() if ray.is_initialized() else _started(options):
+        configure_data(options)
         try:
-            with _silent_stderr():
-                ray.init(options.address or "local", **common)
-        except Exception as error:
-            if options.address is None:
-                raise RunError(f"Ray could not start on this machine ({error}); is it overloaded? run again") from None
-            raise UserError(
-                f"resources.session.address: no Ray cluster answers at {options.address} ({error}); "
-                "start one or leave the field out for a private session"
-            ) from None
-    configure_data(options)
+            yield
+        except KeyboardInterrupt:
+            # Here, for while trainers run in other threads Ray's shutdown may end the process on the spot.
+            print(INTERRUPTED, file=sys.stderr, flush=True)
+            raise SystemExit(1) from None
+
+
+@contextlib.contextmanager
+def _started(options: SessionOptions) -> Iterator[None]:
+    """A session of our own."""
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
+    if options.address is None:
+        common |= {
+            "num_cpus": options.num_cpus,
+            "object_store_memory": _object_store_bytes(options),
+            "include_dashboard": False,
+            "_temp_dir": os.environ.get("RAY_TMPDIR") or os.path.join(tempfile.gettempdir(), "ray"),
+        }
+    with _auth_mode(options.address):
+        try:
+            try:
+                with _silent_stderr():
+                    ray.init(options.address or "local", **common)
+            except Exception as error:
+                if options.address is None:
+                    raise RunError(
+                        f"Ray could not start on this machine ({error}); is it overloaded? run again"
+                    ) from None
+                raise UserError(_unreachable(options.address, error)) from None
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _auth_mode(address: str | None) -> Iterator[None]:
+    """Decide whether Ray asks for a token, where the user has not.
+
+    A private session needs none, and one of another cluster in the user's home must not be demanded of it. With a
+    running cluster a token that is given is used; without, ``ray.init`` does what it does for everybody.
+    """
+    given = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    mode = "disabled" if address is None else "token" if given else None
+    if mode is None or AUTH_MODE in os.environ:
+        yield
+        return
+    os.environ[AUTH_MODE] = mode
+    Config.initialize("")  # Ray read the mode when it was imported
     try:
         yield
-    except KeyboardInterrupt:
-        # Here, for while trainers run in other threads Ray's shutdown may end the process on the spot.
-        print(INTERRUPTED, file=sys.stderr, flush=True)
-        raise SystemExit(1) from None
     finally:
-        if owned:
-            ray.shutdown()
+        del os.environ[AUTH_MODE]
+        Config.initialize("")
+
+
+def _unreachable(address: str, error: Exception) -> str:
+    """Why a cluster cannot be used, and what to do."""
+    reason = str(error)
+    where = f"resources.session.address: the cluster at {address}"
+    if "ersion mismatch" in reason:
+        found = re.findall(r"(?:Ray|Python): (\S+)", reason)
+        there, here = (" and Python ".join(found[i : i + 2]) for i in (0, 2))
+        return f"{where} runs Ray {there}, this command Ray {here}; install the same versions in both places"
+    if isinstance(error, ray.exceptions.AuthenticationError) or _listens(reason):
+        return (
+            f"{where} refuses this command, most likely for want of its token; set RAY_AUTH_MODE=token, and "
+            "RAY_AUTH_TOKEN_PATH to the file with the token that `ray get-auth-token` shows on its head"
+        )
+    return (
+        f"resources.session.address: no Ray cluster answers at {address} ({first_line(error)}); "
+        "start one or leave the field out for a private session"
+    )
+
+
+def _listens(reason: str) -> bool:
+    """Whether somebody is at the address that Ray failed to connect to; it does not tell refusal from silence."""
+    found = re.search(r"cluster at (\S+):(\d+)", reason)
+    if found:
+        with contextlib.suppress(OSError), socket.create_connection((found[1], int(found[2])), timeout=5):
+            return True
+    return False
 
 
 def configure_data(options: SessionOptions) -> None:
@@ -111,16 +178,10 @@ def configure_data(options: SessionOptions) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.execution_no_progress_timeout_s = options.no_progress_timeout_s
+    context.execution_no_progress_timeout_s = options.no_progress_timeout_s or -1
     context.arrow_fixed_shape_tensor_format = type(context.arrow_fixed_shape_tensor_format).ARROW_NATIVE
     for name in ("ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # What nodes tell every driver, as that they have many workers, would stand among the progress. No option turns it
     # off; Ray's own debugger does it so.
     ray._private.worker._worker_logs_enabled = False
-
-
-def cluster_totals() -> tuple[float, float]:
-    """(CPUs, GPUs) of the running cluster."""
-    totals = ray.cluster_resources()
-    return float(totals.get("CPU", 0)), float(totals.get("GPU", 0))

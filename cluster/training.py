@@ -12,10 +12,11 @@ import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster import storage
+from cluster.capacity import read_capacity
 from cluster.errors import PrismError, RunError, UserError, redact
 from cluster.progress import console
 from cluster.resources import Settled, TrainResources, fit_groups
-from cluster.session import cluster_totals
+from cluster.runner import say_waiting
 from cluster.worker import Worker
 
 Loop = Callable[[dict[str, Any], Iterator[int], Worker], None]
@@ -83,6 +84,9 @@ def run_trainers(
         PrismError: the first that ``loop`` raised, in its own words.
         RunError: the workers failed otherwise.
     """
+    if not read_capacity().runs(settled.cpus, float(settled.gpu)):
+        # Ray Train asks for its nodes until they are there, however long that takes.
+        say_waiting(name, settled.cpus, float(settled.gpu))
     # With the driver, without which nothing goes on anyway: other nodes may leave.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     queue: Any = ray.remote(num_cpus=0)(JobQueue).options(scheduling_strategy=here).remote(jobs)
@@ -117,7 +121,7 @@ class WorkersLost(RunError):
 
 
 def settle(resources: TrainResources, jobs: int, field: str) -> Settled:
-    """Fill what the configuration leaves open, from the running cluster.
+    """Fill what the configuration leaves open, from the running cluster at its full size.
 
     Args:
         resources: asked for.
@@ -127,9 +131,7 @@ def settle(resources: TrainResources, jobs: int, field: str) -> Settled:
     Raises:
         UserError: not even one group fits.
     """
-    node_cpus = max(float(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
-    memory = float(ray.cluster_resources().get("memory", 0))
-    return fit_groups(resources, jobs, field, *cluster_totals(), node_cpus, memory)
+    return fit_groups(resources, jobs, field, read_capacity())
 
 
 def _run_group(

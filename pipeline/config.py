@@ -90,7 +90,7 @@ class ResourcesConfig(Frozen):
     squeeze: TrainResources = TrainResources()
     placement: Placement = "colocated"
     recover: ActorResources = ActorResources()
-    relabel: ActorResources = ActorResources(actors=1)
+    relabel: ActorResources = ActorResources()
     evaluate: TrainResources = TrainResources()
     validate_: ActorResources = Field(default=ActorResources(), alias="validate")
 

@@ -75,10 +75,11 @@ def split_objective(
     }
     if not preemption.is_worker():
         return SplitObjective({name: HereLink(make_part(**kwargs)) for name, kwargs in makers.items()}, options)
+    from cluster.capacity import read_capacity
     from cluster.helpers import Helpers
-    from cluster.session import cluster_totals
 
-    cpus, gpus = helper_share(resources, len(specs), *cluster_totals())
+    size = read_capacity()
+    cpus, gpus = helper_share(resources, len(specs), size.cpus, size.gpus)
     helpers = Helpers({name: (make_part, kwargs) for name, kwargs in makers.items()}, cpus, gpus, resources.threads)
     return SplitObjective({name: ActorLink(helpers, name) for name in specs}, options)
 

@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray.cloudpickle
+import ray.data
 import torch
 
 from cluster.attempts import Attempts
+from cluster.capacity import Capacity, Growth, Node, combine
 from cluster.errors import RunError, UserError
 from cluster.resources import ActorResources
-from cluster.runner import ActorStage, Guarded, Row, failures, fit_pools, run_ray, run_serial
+from cluster.runner import ActorStage, Guarded, Row, failures, fit_pools, run_ray, run_serial, say_waiting
 
 # Ray's workers cannot import a test module.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -119,6 +123,10 @@ def test_guarded_passes_failed_rows_through_untouched() -> None:
     assert stage(failed) is failed
 
 
+def one_node(cpus: float, gpus: float) -> Capacity:
+    return combine([Node(cpus, gpus)], [], Growth((), 0))
+
+
 def cannot_start() -> Any:
     raise UserError("teachers.a.weights: missing; give a file")
 
@@ -135,7 +143,8 @@ def test_a_stage_that_cannot_start_says_so_in_every_row() -> None:
     [
         # Two CPUs: as many actors as CPUs, all pools together below the CPUs there are.
         ((2, 0), {}, 1, 100, (1, 2, 0.9, 0.0)),
-        ((2, 0), {}, 3, 100, (1, 2, 0.3, 0.0)),
+        ((2, 0), {}, 3, 100, (1, 1, 0.6, 0.0)),
+        ((16, 0), {}, 3, 100, (1, 5, 0.96, 0.0)),
         ((2, 0), {"actors": 1}, 3, 100, (1, 1, 0.6, 0.0)),
         ((2, 0), {"actors": 5}, 3, 100, (5, 5, 0.12, 0.0)),
         # No more actors than rows; threads cost CPUs.
@@ -158,14 +167,14 @@ def test_fit_pools(
     num_rows: int,
     expected: tuple[int, int, float, float],
 ) -> None:
-    monkeypatch.setattr("cluster.runner.cluster_totals", lambda: totals)
+    monkeypatch.setattr("cluster.runner.read_capacity", lambda: one_node(*totals))
     pools = fit_pools([ActorStage("s", Add, {}, ActorResources(**resources))] * num_stages, num_rows)
     assert pools == [pytest.approx(expected)] * num_stages
 
 
 def test_automatic_shares_leave_room_for_a_reader(monkeypatch: pytest.MonkeyPatch) -> None:
     for cpus in (1, 2, 3, 8, 96):
-        monkeypatch.setattr("cluster.runner.cluster_totals", lambda cpus=cpus: (float(cpus), 0.0))
+        monkeypatch.setattr("cluster.runner.read_capacity", lambda cpus=cpus: one_node(cpus, 0))
         for count in (1, 2, 3, 7):
             for threads in (1, 2, 4):
                 stage = ActorStage("s", Add, {}, ActorResources(threads=threads))
@@ -215,3 +224,81 @@ def test_many_rows_through_three_fixed_pools(ray_local: None) -> None:
     found = list(run_ray(rows(24), chain))
     assert {row["id"]: row["value"] for row in found} == {f"r{i}": i + 111 for i in range(24)}
     assert {row["threads"] for row in found} == {2}
+
+
+class Enlarge:
+    """Makes a row large: thirty of them are far more than the object store holds."""
+
+    def __call__(self, row: Row) -> Row:
+        return {**row, "blob": np.full(20 * 2**20, row["value"], np.uint8)}
+
+
+class Measure:
+    """Reads a file and the large column, and lets that go."""
+
+    def __init__(self, file: str):
+        self.file = file
+
+    def __call__(self, row: Row) -> Row:
+        table = pq.read_table(self.file)
+        return {"id": row["id"], "error": "", "value": int(row["blob"][-1]) + table.num_rows}
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    "resources",
+    [
+        {"cpus": 1, "actors": (1, 2)},
+        pytest.param({"cpus": 0.5, "actors": 2}, marks=pytest.mark.slow),
+        pytest.param({"threads": 2}, marks=pytest.mark.slow),
+        pytest.param({"cpus": 0, "actors": (1, 3)}, marks=pytest.mark.slow),
+        pytest.param({"cpus": 1, "actors": 1}, marks=pytest.mark.slow),
+    ],
+)
+def test_two_cpus_suffice(resources: dict[str, Any], ray_local: None, tmp_path: Path) -> None:
+    """Actors hold all CPUs, read files, and hand on more than fits the object store: everything ends all the same."""
+    file = str(tmp_path / "table.parquet")
+    pq.write_table(pa.table({"x": [1, 2, 3]}), file)
+    wanted = ActorResources(**resources)
+    chain = [ActorStage("enlarge", Enlarge, {}, wanted), ActorStage("measure", Measure, {"file": file}, wanted)]
+    found = list(run_ray(rows(30), chain))
+    assert {row["id"]: row["value"] for row in found} == {f"r{i}": i + 3 for i in range(30)}
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("resources", [{}, {"actors": (1, 4)}, {"cpus": 0.4, "actors": (1, 2)}, {"threads": 2}])
+def test_three_teachers_and_a_commit_stage_on_two_cpus(resources: dict[str, Any], ray_local: None) -> None:
+    wanted = ActorResources(**resources)
+    chain = [ActorStage(f"add-{n}", Add, {"amount": n}, wanted) for n in (1, 10, 100)]
+    chain.append(ActorStage("commit", Add, {"amount": 1000}, ActorResources(gpus=0, actors=1)))
+    found = list(run_ray(rows(12), chain))
+    assert {row["id"]: row["value"] for row in found} == {f"r{i}": i + 1111 for i in range(12)}
+
+
+@pytest.mark.ray
+def test_pools_that_would_wait_for_each_other_are_refused(ray_local: None) -> None:
+    chain = [ActorStage(f"add-{n}", Add, {"amount": n}, ActorResources(cpus=1, actors=(1, 2))) for n in (1, 10, 100)]
+    with pytest.raises(UserError, match=r"^resources: add-1, add-10, add-100 ask for 3 CPUs at least, but Ray has 2"):
+        list(run_ray(rows(2), chain))
+
+
+class Sleep:
+    def __call__(self, row: Row) -> Row:
+        time.sleep(60)
+        return row
+
+
+@pytest.mark.ray
+def test_a_stage_that_hangs_is_ended_in_words(ray_local: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = ray.data.DataContext.get_current()
+    monkeypatch.setattr(context, "execution_no_progress_timeout_s", 3)
+    with pytest.raises(RunError, match=r"^sleep: no unit was finished for 3 s.*raise resources\.session\.no_progress"):
+        list(run_ray(rows(1), [ActorStage("sleep", Sleep)]))
+
+
+def test_waiting_for_a_node_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    size = combine([Node(2, 0)], [], Growth(((Node(8, 1), 4),), 4))
+    assert (size.runs(1, 0), size.runs(0, 1)) == (True, False)
+    say_waiting("recover", 0, 1)
+    assert capsys.readouterr().out == "recover: waiting for a node with 0 CPUs and 1 GPUs\n"

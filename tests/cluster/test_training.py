@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import ray
 
+from cluster.capacity import Capacity, Growth, Node, combine
 from cluster.errors import RunError, UserError
 from cluster.resources import TrainResources, fit_groups
 from cluster.training import JobQueue, _find_prism_error, _lost_worker, run_trainers, settle
@@ -89,6 +90,13 @@ def test_what_a_lost_group_held_comes_last() -> None:
 GIB = 2**30
 
 
+def capacity(cpus: float, gpus: float, node_cpus: float, memory: float) -> Capacity:
+    """Of nodes alike."""
+    count = cpus // node_cpus
+    node = Node(node_cpus, gpus / count, memory / count)
+    return combine([node], [node] * int(count - 1), Growth((), 0))
+
+
 @pytest.mark.parametrize(
     ("resources", "jobs", "cluster", "expected"),
     [
@@ -114,7 +122,7 @@ GIB = 2**30
     ],
 )
 def test_groups_share_the_cluster(resources, jobs, cluster, expected) -> None:
-    found = fit_groups(TrainResources(**resources), jobs, "resources.squeeze", *cluster)
+    found = fit_groups(TrainResources(**resources), jobs, "resources.squeeze", capacity(*cluster))
     assert (found.groups, found.threads, pytest.approx(found.cpus), found.gpu) == expected
     assert found.workers == resources.get("workers", 1)
 
@@ -122,7 +130,7 @@ def test_groups_share_the_cluster(resources, jobs, cluster, expected) -> None:
 @pytest.mark.parametrize(("resources", "kind"), [({"workers": 9}, "4.5 CPUs"), ({"gpu": True}, "1 GPUs")])
 def test_a_group_that_cannot_fit_is_refused(resources, kind) -> None:
     with pytest.raises(UserError, match=f"^resources.squeeze: a training asks for {kind}, but Ray has"):
-        fit_groups(TrainResources(**resources), 1, "resources.squeeze", 2.0, 0.0, 2.0, GIB)
+        fit_groups(TrainResources(**resources), 1, "resources.squeeze", capacity(2, 0, 2, GIB))
 
 
 def test_users_error_is_found_inside_any_wrapping() -> None:
