@@ -192,7 +192,8 @@ def measure(epochs: int) -> dict[str, Any]:
                     assert not row["error"], row
                 seconds[phase] = round(time.monotonic() - start, 1)
 
-            stages = relabel_stages(labels, images, teachers, DATA, options, 0, "benchmark", ActorResources())
+            starts = storage.join(out, "progress", "relabel")
+            stages = relabel_stages(labels, images, teachers, DATA, options, 0, "benchmark", ActorResources(), starts)
             timed("relabel", lambda: run_ray(relabel_rows(units), stages))
             timed("train", lambda: train_students(out, jobs, DATA, TrainResources()))
             val = storage.join(folder, "val")
@@ -223,7 +224,9 @@ def measure(epochs: int) -> dict[str, Any]:
 
 def main(epochs: list[int]) -> None:
     if len(epochs) == 1:
-        print(json.dumps(measure(epochs[0]), indent=1))
+        with contextlib.redirect_stdout(sys.stderr):  # Progress is shown there.
+            result = measure(epochs[0])
+        print(json.dumps(result, indent=1))
         return
     runs = [json.loads(subprocess.check_output([sys.executable, __file__, str(each)])) for each in epochs]
     print(json.dumps({"machine": f"{platform.machine()}, {os.cpu_count()} CPUs", "runs": runs}, indent=1))
