@@ -10,6 +10,7 @@ files and the object store (``RssAnon``). Each EPOCHS is a session of its own, i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -25,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import ray
 
 from cluster import shards, storage
 from cluster.resources import ActorResources, TrainResources
@@ -57,6 +59,7 @@ class Sampler(threading.Thread):
         phase: of the run, set from outside.
         peaks: (phase, process) to what its largest samples were, bytes.
         courses: (phase, process) to ``own`` of the largest such process, sample by sample.
+        spilled: phase to the most bytes that Ray's object store had on disk.
     """
 
     def __init__(self) -> None:
@@ -64,6 +67,7 @@ class Sampler(threading.Thread):
         self.phase = "start"
         self.peaks: dict[tuple[str, str], dict[str, int]] = defaultdict(lambda: {"rss": 0, "own": 0, "processes": 0})
         self.courses: dict[tuple[str, str], list[int]] = defaultdict(list)
+        self.spilled: dict[str, int] = defaultdict(int)
 
     def run(self) -> None:
         while True:
@@ -75,14 +79,16 @@ class Sampler(threading.Thread):
         for pid in family():
             try:
                 fields = dict(re.findall(r"(\w+):\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text()))
-                found[kind(pid)].append({"rss": int(fields["VmRSS"]) * 1024, "own": int(fields["RssAnon"]) * 1024})
+                sample = {"rss": int(fields["VmRSS"]) * 1024, "own": int(fields["RssAnon"]) * 1024}
+                found[kind(pid)].append(sample)
             except (OSError, KeyError):
                 continue  # It ended.
+        self.spilled[phase] = max(self.spilled[phase], spilled_bytes())
         for name, samples in found.items():
             peak = self.peaks[phase, name]
             peak["processes"] = max(peak["processes"], len(samples))
             for key in ("rss", "own"):
-                peak[key] = max(peak[key], *(sample[key] for sample in samples))
+                peak[key] = max(peak[key], max(sample[key] for sample in samples))
             self.courses[phase, name].append(max(sample["own"] for sample in samples))
 
 
@@ -142,12 +148,16 @@ def write_validation(uri: str, source: str) -> None:
     shards.save_dataset(shards.Dataset(uri=uri, channels=3, image_size=(SIZE, SIZE), **means, **names))
 
 
-def spilled() -> str:
-    """What Ray says of objects that went to disk."""
-    from ray._private.internal_api import memory_summary
-
-    lines = [line for line in memory_summary(stats_only=True).splitlines() if "pill" in line]
-    return "; ".join(lines) or "nothing"
+def spilled_bytes() -> int:
+    """What Ray's object store has on disk now."""
+    if not ray.is_initialized():
+        return 0
+    total = 0
+    session = Path(ray._private.worker._global_node.get_session_dir_path())
+    for path in session.glob("**/*spilled*/**/*"):
+        with contextlib.suppress(OSError):
+            total += path.stat().st_size * path.is_file()
+    return total
 
 
 def measure(epochs: int) -> dict[str, Any]:
@@ -182,9 +192,9 @@ def measure(epochs: int) -> dict[str, Any]:
                     assert not row["error"], row
                 seconds[phase] = round(time.monotonic() - start, 1)
 
-            stages = relabel_stages(labels, images, teachers, DATA, options, 0, "benchmark", ActorResources())
+            starts = storage.join(out, "progress", "relabel")
+            stages = relabel_stages(labels, images, teachers, DATA, options, 0, "benchmark", ActorResources(), starts)
             timed("relabel", lambda: run_ray(relabel_rows(units), stages))
-            to_disk = spilled()
             timed("train", lambda: train_students(out, jobs, DATA, TrainResources()))
             val = storage.join(folder, "val")
             timed("validate", lambda: validate_students(out, jobs, DATA, val, ActorResources(), run_ray))
@@ -206,7 +216,7 @@ def measure(epochs: int) -> dict[str, Any]:
         "labels_mb": round(total / MB),
         "object_store_mb": OBJECT_STORE_MIN // MB,
         "labels_over_object_store": round(total / OBJECT_STORE_MIN, 2),
-        "spilled_in_relabel": to_disk,
+        "spilled_peak_mb": {phase: round(most / MB) for phase, most in sampler.spilled.items() if phase in seconds},
         "seconds": seconds,
         "processes": table,
     }
@@ -214,11 +224,13 @@ def measure(epochs: int) -> dict[str, Any]:
 
 def main(epochs: list[int]) -> None:
     if len(epochs) == 1:
-        print(json.dumps(measure(epochs[0]), indent=1))
+        with contextlib.redirect_stdout(sys.stderr):  # Progress is shown there.
+            result = measure(epochs[0])
+        print(json.dumps(result, indent=1))
         return
     runs = [json.loads(subprocess.check_output([sys.executable, __file__, str(each)])) for each in epochs]
     print(json.dumps({"machine": f"{platform.machine()}, {os.cpu_count()} CPUs", "runs": runs}, indent=1))
 
 
 if __name__ == "__main__":
-    main([int(word) for word in sys.argv[1:]] or [5, 20])
+    main([int(word) for word in sys.argv[1:]] or [4, 17])

@@ -1,0 +1,29 @@
+"""Memory does not grow with the labels, of which there are more than Ray's object store holds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_four_times_the_labels_take_no_more_memory():
+    """The benchmark in a smaller form: 80 MB of labels, then 320 MB, with an object store of 128 MB."""
+    command = [sys.executable, "benchmarks/label_memory.py", "2", "8"]
+    small, large = json.loads(subprocess.check_output(command, cwd=ROOT))["runs"]
+    assert large["labels_mb"] > 3.9 * small["labels_mb"]
+    assert large["labels_over_object_store"] > 2
+    own = {(row["phase"], row["process"]): row["peak_own_mb"] for row in small["processes"]}
+    for row in large["processes"]:
+        before = own.get((row["phase"], row["process"]), 0)
+        # An allocator keeps what it once had; two units of logits are 54 MB. All labels would be 240 MB more.
+        assert row["peak_own_mb"] < max(before, 100) + 100, (row, before)
