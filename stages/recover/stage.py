@@ -108,7 +108,6 @@ class RecoverStage:
 
     def _recover(self, unit: RecoverUnit) -> Row:
         start = time.monotonic()
-        against = self._against()
         state = self._kept(unit)
         attempt = self.attempts.begin(
             unit.id,
@@ -134,7 +133,7 @@ class RecoverStage:
             result = recover_unit(
                 unit,
                 images,
-                against,
+                self._against(),
                 self.options,
                 self.data,
                 self.device,

@@ -24,7 +24,6 @@ from cluster.record import read_record
 ROOT = Path(__file__).resolve().parents[2]
 # Steps of a unit of some seconds.
 LONG = 300
-SOAK_UNITS = 24
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -302,20 +301,26 @@ def test_a_machine_that_joins_late_gets_units(runs: Any, cluster: Any) -> None:
 
 
 class Chaos:
-    """Kills at random: workers and whole machines, which are replaced; never one unit so often that it is given up."""
+    """Kills at random: workers and whole machines, which are replaced; no unit so often that it would be given up."""
 
     def __init__(self, cluster: Any, out: Path, machines: list[Any], seed: int):
         self.cluster, self.out, self.machines, self.rng = cluster, out, machines, random.Random(seed)
-        self.kills: dict[str, int] = {"worker": 0, "machine": 0, "notice": 0}
+        self.kills = {"worker": 0, "machine": 0, "notice": 0}
+
+    @property
+    def total(self) -> int:
+        return sum(self.kills.values())
 
     def strike(self) -> None:
-        spared = {name for name, r in records(self.out).items() if r["session_attempt"] >= MAX_ATTEMPTS}
-        found = working(self.out)
-        targets = [pid for pid, name in found.items() if name not in spared]
+        """End a worker that is in the middle of a unit, if there is one."""
+        found = records(self.out)
+        targets = [pid for pid, unit in working(self.out).items() if found[unit]["session_attempt"] < MAX_ATTEMPTS]
         if not targets:
             return
+        time.sleep(self.rng.uniform(0.0, 1.5))
         pid = self.rng.choice(sorted(targets))
-        kind = self.rng.choice(["worker", "worker", "notice", "machine"])
+        kind = self.rng.choice(["worker", "worker", "worker", "notice", "notice", "machine"])
+        # It may have ended by itself meanwhile.
         with contextlib.suppress(OSError, StopIteration):
             if kind == "machine":
                 lost = machine_of(pid, self.machines)
@@ -324,29 +329,33 @@ class Chaos:
                 self.machines.append(add_machine(self.cluster))
             else:
                 os.kill(pid, signal.SIGTERM if kind == "notice" else signal.SIGKILL)
+                wait_for(lambda: not Path(f"/proc/{pid}").exists(), 20)
             self.kills[kind] += 1
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 def test_soak(runs: Any, cluster: Any) -> None:
     """At least 20 kills in one run: nothing is lost, nothing is done twice, and Ray Data does not stand still."""
-    whole, cut, config = runs(ipc=SOAK_UNITS, iterations=LONG, checkpoint_every=100)
+    whole, cut, config = runs(ipc=8, iterations=LONG, checkpoint_every=50)
     machines = [add_machine(cluster) for _ in range(2)]
     chaos = Chaos(cluster, cut, machines, seed=1)
-    seen: dict[str, int] = {}
-    with on(cluster, config, "resources.recover.actors=[1,2]", "resources.session.no_progress_timeout_s=120") as driver:
-        end = time.monotonic() + 700
+    committed: dict[str, int] = {}
+    words = ["resources.recover.actors=2", "resources.session.no_progress_timeout_s=240"]
+    with on(cluster, config, *words) as driver:
+        end = time.monotonic() + 1100
         while driver.process.poll() is None and time.monotonic() < end:
-            if sum(chaos.kills.values()) < 24:
+            if chaos.total < 22:
                 chaos.strike()
-            time.sleep(chaos.rng.uniform(1.0, 4.0))
+            time.sleep(0.05)
             for path in (cut / "recovered").glob("unit-*"):
-                assert seen.setdefault(path.name, path.stat().st_mtime_ns) == path.stat().st_mtime_ns
-        text = driver.finish(timeout=1)
-    print(chaos.kills, retried(cut), text)
-    assert sum(chaos.kills.values()) >= 20
+                now = path.stat().st_mtime_ns
+                assert committed.setdefault(path.name, now) == now, f"{path.name} was done twice"
+        driver.finish(timeout=1)
+    print(chaos.kills, "restarts:", retried(cut))
+    assert chaos.total >= 20
     assert min(chaos.kills.values()) >= 1
-    assert retried(cut) >= 20
     assert_whole(whole, cut)
+    # A kill may find a unit in its last moment, committed but not yet reported.
+    assert chaos.total - 3 <= retried(cut) <= chaos.total + chaos.kills["machine"]

@@ -19,6 +19,7 @@ from PIL import Image
 
 from cluster import preemption, shards, storage
 from cluster.attempts import MAX_ATTEMPTS
+from cluster.errors import HelperLost
 from cluster.progress import read_progress
 from cluster.resources import ActorResources
 from cluster.runner import ActorStage, Row, run_ray, run_serial
@@ -480,6 +481,25 @@ def test_per_teacher_agrees_with_colocated(split_serial: Path, serial: tuple[Pat
         )
         assert parts["loss_ce"] == pytest.approx(whole["loss_ce"], rel=1e-3)
         assert parts["loss_bn"] == pytest.approx(whole["loss_bn"], rel=1e-3)
+
+
+def test_teachers_actors_that_die_while_they_load_are_bounded_too(
+    world: tuple[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies(*args: Any) -> None:
+        raise HelperLost("killed")
+
+    def leave() -> None:
+        raise Lost
+
+    monkeypatch.setattr("stages.recover.stage.split_objective", dies)
+    monkeypatch.setattr(preemption, "leave", leave)
+    stage = stage_of(world, tmp_path, ["res"], placement="per_teacher")
+    for _ in range(MAX_ATTEMPTS):
+        with pytest.raises(Lost):
+            list(run_serial(recover_rows(units_of([["res"]])), [stage]))
+    (row,) = run_serial(recover_rows(units_of([["res"]])), [stage])
+    assert "lost its worker 3 times" in row["error"]
 
 
 @pytest.mark.ray
