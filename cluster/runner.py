@@ -24,6 +24,9 @@ from cluster.resources import ActorResources, Pool, fit_actors
 
 Row = dict[str, Any]
 log = logging.getLogger("prism")
+# Ray Data keeps about 10 KB in the driver for every block of a pipeline. More units than these take several, each with
+# actors of its own, whose start is little beside thousands of units.
+WINDOW = 5000
 
 
 @dataclass(frozen=True)
@@ -117,10 +120,13 @@ def run_ray(rows: list[Row], stages: list[ActorStage]) -> Iterator[Row]:
 
     Needs a running session (``cluster.session.ray_session``).
     """
+    for start in range(0, len(rows), WINDOW):
+        yield from _run_pipeline(rows[start : start + WINDOW], stages)
+
+
+def _run_pipeline(rows: list[Row], stages: list[ActorStage]) -> Iterator[Row]:
     import ray.data
 
-    if not rows:
-        return
     # from_items, because Parquet sources collapse small files into one block and their readers
     # starve behind actors that hold the CPUs.
     data: ray.data.Dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
