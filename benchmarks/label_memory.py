@@ -117,8 +117,9 @@ def kind(pid: int) -> str:
         return "other"
     if words[0].startswith("ray::"):
         return re.sub(r"^ray::(_?)MapWorker\(Map\((\w+)\)\).*", r"actor \2", " ".join(words)).split(".")[0]
-    script = next((word for word in words[1:] if word.endswith(".py")), words[0])
-    return Path(script if "python" in words[0] else words[0]).name
+    program = Path(words[0]).name
+    script = next((word for word in words[1:] if word.endswith(".py")), program)
+    return Path(script).name if program.startswith("python") else program
 
 
 def write_images(uri: str) -> None:

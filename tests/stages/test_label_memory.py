@@ -23,7 +23,14 @@ def test_four_times_the_labels_take_no_more_memory():
     assert large["labels_mb"] > 3.9 * small["labels_mb"]
     assert large["labels_over_object_store"] > 2
     own = {(row["phase"], row["process"]): row["peak_own_mb"] for row in small["processes"]}
+    seen = set()
     for row in large["processes"]:
-        before = own.get((row["phase"], row["process"]), 0)
-        # An allocator keeps what it once had; two units of logits are 54 MB. All labels would be 240 MB more.
-        assert row["peak_own_mb"] < max(before, 100) + 100, (row, before)
+        name, before = row["process"], own.get((row["phase"], row["process"]))
+        # Others are Ray's own, or idle between two tasks.
+        if before is None or not name.startswith(("actor ", "driver", "raylet", "ray::RayTrainWorker")):
+            continue
+        seen.add(name)
+        # An allocator keeps what it once had, two units of logits are 54 MB; all labels would be 240 MB more.
+        assert row["peak_own_mb"] < before + 100, (row, before)
+    actors = {f"actor {each}" for each in ("RelabelFast", "RelabelSlow", "RelabelCommit", "Validate")}
+    assert seen >= actors | {"driver", "raylet", "ray::RayTrainWorker"}
