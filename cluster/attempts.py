@@ -107,9 +107,10 @@ class Attempts:
     def finish(self, task: str) -> int:
         """Record that a unit turned out to be committed, where its worker had no time to; returns its starts."""
         last = self._last(task)
-        if last["done"] < last["total"]:
+        if last and last["done"] < last["total"]:
             storage.write_json(storage.join(self._uri, f"{task}.json"), {**last, "done": last["total"]})
-        return int(last["attempt"])
+        # The record may be out of reach for a moment; the unit is committed all the same.
+        return int(last.get("attempt", 1))
 
     def _last(self, task: str) -> dict[str, Any]:
         try:

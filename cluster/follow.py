@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 
 from cluster import storage
+from cluster.errors import PrismError
 from cluster.metrics import DriverMetrics
 from cluster.progress import StageProgress, read_progress
 from cluster.record import RecordWriter
@@ -21,6 +22,11 @@ def follow(uri: str, title: str, total: float, unit: str) -> Iterator[None]:
 
         def poll() -> None:
             while not stop.wait(1.0 if storage.is_local(uri) else 10.0):
+                try_update()
+
+        def try_update() -> None:
+            # What is only shown ends nothing: storage may be away for a while.
+            with contextlib.suppress(OSError, PrismError):
                 shown_update()
 
         def shown_update() -> None:
@@ -40,4 +46,4 @@ def follow(uri: str, title: str, total: float, unit: str) -> Iterator[None]:
         finally:
             stop.set()
             thread.join()
-            shown_update()
+            try_update()

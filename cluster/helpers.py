@@ -11,6 +11,7 @@ import torch
 from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster import preemption
 from cluster.errors import HelperLost
 
 
@@ -55,7 +56,10 @@ class Helpers:
         bundle = {kind: amount for kind, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
         # Close together where they fit, since batches and gradients travel at every step.
         group = placement_group([bundle] * len(makers), strategy="PACK", name=name)
-        ray.get(group.ready())
+        # For hours where nodes are to come; a machine that is told to go meanwhile holds nothing worth keeping.
+        while not group.wait(1.0):
+            if preemption.noticed():
+                raise HelperLost("this machine is about to be taken away")
         kind: Any = ray.remote(_Helper)
         self._actors = {
             helper: kind.options(
@@ -85,7 +89,8 @@ class Helpers:
 def _result(ref: Any) -> Any:
     try:
         return ray.get(ref)
-    except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError, ray.exceptions.WorkerCrashedError) as error:
-        raise HelperLost(f"an actor of this unit's teachers died ({str(error).strip().splitlines()[0]})") from None
     except ray.exceptions.RayTaskError as error:
         raise (error.cause or error) from None
+    except ray.exceptions.RayError as error:
+        # Its death, by the machine's or for want of memory, or that there is no room for it any more.
+        raise HelperLost(f"an actor of this unit's teachers died ({str(error).strip().splitlines()[0]})") from None

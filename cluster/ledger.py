@@ -48,8 +48,9 @@ class Ledger:
 
     def __init__(self, records_uri: str, folders: Sequence[str]):
         self._records_uri, self._folders = records_uri, list(folders)
-        self._pending: dict[str, Record] = {}
-        self._next: int | None = None
+        self._segment: dict[str, Record] = {}
+        self._dirty = False
+        self._number: int | None = None
         self._flushed = time.monotonic()
 
     def __enter__(self) -> Ledger:
@@ -81,27 +82,37 @@ class Ledger:
             found = [unit for unit, good in zip(unknown, pool.map(verify, unknown), strict=True) if good]
         for unit in found:
             self.add(unit, wanted[unit], sizes_of(unit))
+        for unit in records.keys() & wanted.keys() - done - set(found):
+            # What is made now may have the size of what was there, and the driver may die before it can record it.
+            self.add(unit, "", [])
         return done | set(found)
 
     def add(self, unit: str, key: str, sizes: Sequence[int]) -> None:
         """Record a committed unit: its content key, and the size of its shard in every folder, bytes."""
-        self._pending[unit] = key, list(sizes)
-        if len(self._pending) >= FLUSH_RECORDS or time.monotonic() - self._flushed > FLUSH_S:
+        self._segment[unit] = key, list(sizes)
+        self._dirty = True
+        if len(self._segment) >= FLUSH_RECORDS or time.monotonic() - self._flushed > FLUSH_S:
             self.flush()
 
     def flush(self) -> None:
-        """Write what was added since the last segment."""
-        if self._pending:
-            self._write(self._pending)
-            self._pending = {}
+        """Write the segment that records are added to until it is full: slow units do not make a file each."""
+        if self._dirty:
+            self._write(self._segment)
+            self._dirty = False
+            if len(self._segment) >= FLUSH_RECORDS:
+                self._segment, self._number = {}, self._following()
         self._flushed = time.monotonic()
 
     def _write(self, records: Mapping[str, Record]) -> None:
         keys, sizes = zip(*records.values(), strict=True)
         table = pa.table([list(records), list(keys), list(sizes)], schema=SCHEMA)
-        number = self._after(self._segments()) if self._next is None else self._next
-        shards.write_shard(storage.join(self._records_uri, f"{number:06d}.parquet"), table, compression="zstd")
-        self._next = number + 1
+        if self._number is None:
+            self._number = self._after(self._segments())
+        shards.write_shard(storage.join(self._records_uri, f"{self._number:06d}.parquet"), table, compression="zstd")
+
+    def _following(self) -> int:
+        assert self._number is not None, "a segment was written"
+        return self._number + 1
 
     def _segments(self) -> list[str]:
         return list(storage.list_files(self._records_uri, ".parquet"))
@@ -113,7 +124,7 @@ class Ledger:
     def _read(self) -> dict[str, Record]:
         """All records; of a unit that has several, the last."""
         names = self._segments()
-        self._next = self._after(names)
+        self._number = self._after(names)
 
         def read(name: str) -> pa.Table:
             try:
@@ -130,6 +141,7 @@ class Ledger:
             records |= {unit: (key, sizes) for unit, key, sizes in zip(*columns, strict=True)}
         if len(names) > MAX_SEGMENTS:
             self._write(records)
+            self._number = self._following()
             for name in names:
                 storage.remove(storage.join(self._records_uri, name))
         return records

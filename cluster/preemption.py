@@ -24,6 +24,7 @@ import json
 import math
 import os
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -103,6 +104,8 @@ def _register() -> None:
 
     context = ray.get_runtime_context()
     _folder().mkdir(mode=0o700, exist_ok=True)
+    if not _own_folder():
+        return
     file = (_folder() / f"{os.getpid()}.json").open("w")
     fcntl.flock(file, fcntl.LOCK_EX)
     json.dump({"node": context.get_node_id(), "address": context.gcs_address}, file)
@@ -110,9 +113,20 @@ def _register() -> None:
     _registration.append(file)
 
 
+def _own_folder() -> bool:
+    """Whether the folder of registrations is ours alone; one that another user made could name any process."""
+    try:
+        found = _folder().lstat()
+    except FileNotFoundError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+
+
 def _registered() -> dict[int, dict[str, str]]:
     """Process id → Ray node and address, of the living workers of this machine and user."""
-    found = {}
+    found: dict[int, dict[str, str]] = {}
+    if not _own_folder():
+        return found
     for path in _folder().glob("*.json"):
         with path.open() as file:
             try:
@@ -141,11 +155,15 @@ def notify(timeout_s: float, node: str | None = None) -> tuple[int, int]:
     for name, address in {(w["node"], w["address"]) for w in workers.values()}:
         command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", address, "--node-id", name]
         command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "notice of preemption"]
-        done = subprocess.run(
-            [*command, "--deadline-remaining-seconds", str(math.ceil(timeout_s))], capture_output=True, text=True
-        )
-        if done.returncode:
-            print(f"warning: Ray does not drain {name}: {done.stderr.strip()[-300:]}", file=sys.stderr)
+        command += ["--deadline-remaining-seconds", str(math.ceil(timeout_s))]
+        try:
+            # A head that is gone or busy must not use up the time that the workers need.
+            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s / 4)
+            reason = done.stderr.strip()[-300:] if done.returncode else ""
+        except subprocess.TimeoutExpired:
+            reason = "no answer"
+        if reason:
+            print(f"warning: Ray does not drain {name}: {reason}", file=sys.stderr)
     for pid in workers:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)

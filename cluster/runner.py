@@ -7,6 +7,7 @@ of strings, numbers and numpy arrays with at least ``id`` (str) and ``error`` (s
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -15,9 +16,10 @@ from typing import Any, Protocol
 
 import torch
 
+from cluster import preemption
 from cluster.attempts import Attempts
 from cluster.capacity import Capacity, read_capacity
-from cluster.errors import PrismError, RunError, redact
+from cluster.errors import PrismError, RunError, UserError, redact
 from cluster.metrics import SPENT, WorkerMetrics
 from cluster.progress import console
 from cluster.resources import ActorResources, Pool, fit_actors
@@ -39,6 +41,7 @@ class ActorStage:
         kwargs: paths, ids and options for the factory; never weights or images.
         resources: of one actor and of the pool.
         attempts: bounds how often a row may end its worker, for stages that do not see to it themselves.
+        starts: bounds how often a row may meet a worker that could not start; None: ``attempts`` do.
     """
 
     name: str
@@ -46,6 +49,7 @@ class ActorStage:
     kwargs: dict[str, Any] = field(default_factory=dict)
     resources: ActorResources = field(default_factory=ActorResources)
     attempts: Attempts | None = None
+    starts: Attempts | None = None
 
 
 class Runner(Protocol):
@@ -67,8 +71,13 @@ class Guarded:
         self.name, self.attempts = stage.name, stage.attempts
         self.metrics = WorkerMetrics(stage.name, stage.resources.threads)
         self.inner: Callable[[Row], Row] | None = None
+        self.starts = stage.starts or stage.attempts
+        # Of what a user has to mend; all else may be the machine's, and another one better.
+        self.lasting = False
         # An actor that cannot start would be restarted for ever; its units say why instead.
-        self.broken = self._reason(lambda: setattr(self, "inner", stage.factory(**stage.kwargs)), "start-up")
+        self.broken = self._reason(lambda: self._start(stage), "start-up")
+        # After the start, so that a notice during it ends the process in Ray's way.
+        preemption.listen()
 
     def __call__(self, row: Row) -> Row:
         """Run the stage on one row, which carries what all stages spent on it; one that failed passes through."""
@@ -77,8 +86,27 @@ class Guarded:
         done: list[Row] = []
         spent = {name: row[name] for name in SPENT if name in row}
         with self.metrics.unit(spent):
-            reason = self.broken or self._reason(lambda: done.append(self._run(row)), row["id"])
+            reason = self._broken(row["id"]) or self._reason(lambda: done.append(self._run(row)), row["id"])
         return ({"id": row["id"], "error": f"{self.name}: {reason}"} if reason else done[0]) | spent
+
+    def _start(self, stage: ActorStage) -> None:
+        try:
+            self.inner = stage.factory(**stage.kwargs)
+        except UserError:
+            self.lasting = True
+            raise
+
+    def _broken(self, task: str) -> str:
+        """Why no row can be worked on, empty where it can.
+
+        A machine with a broken device would be through all rows in a moment. So the process ends, and Ray gives the row
+        to another, until the row has met too many such.
+        """
+        if self.broken and not self.lasting and self.starts is not None and preemption.is_worker():
+            with contextlib.suppress(RunError):
+                self.starts.begin(task, 1)
+                preemption.leave()
+        return self.broken
 
     def _run(self, row: Row) -> Row:
         assert self.inner is not None
@@ -137,11 +165,7 @@ def _run_pipeline(rows: list[Row], stages: list[ActorStage]) -> Iterator[Row]:
         data = data.map(
             _named(stage.name),  # type: ignore[arg-type]
             fn_constructor_args=(stage,),
-            # All at once: actors for which there is no room yet are what makes an autoscaler add nodes. A pool that
-            # Ray Data grows asks for a second node only after a unit was finished, and for few at a time. The others
-            # work meanwhile, and Ray Data ends actors that no unit is left for. One unit each, for a second that
-            # waits behind the first would keep an actor that comes later idle.
-            compute=ray.data.ActorPoolStrategy(size=pool.high, max_tasks_in_flight_per_actor=1),
+            compute=_strategy(pool, alone=len(stages) == 1),
             num_cpus=pool.cpus,
             num_gpus=pool.gpus,
         )
@@ -152,6 +176,25 @@ def _run_pipeline(rows: list[Row], stages: list[ActorStage]) -> Iterator[Row]:
         raise RunError(
             f"{names}: {_gave_up(error)}; what is finished is kept, run the same command again to resume"
         ) from error
+
+
+def _strategy(pool: Pool, *, alone: bool) -> Any:
+    """How Ray Data fills a pool.
+
+    A stage by itself asks for all its actors at once: those for which there is no room yet are what makes an autoscaler
+    add nodes. A pool that Ray Data grows asks for a second node only after a unit was finished, and for few at a time.
+    The others work meanwhile, and Ray Data ends actors that no unit is left for. One unit each, for a second that waits
+    behind the first would keep an actor that comes later idle.
+
+    The stages of a chain start with the smallest pools and grow: were all asked for at once, actors of the first stages
+    would take all of a cluster that stays smaller than it may get, and nothing would ever leave the last. Units wait
+    behind others there, which is what makes Ray Data add actors.
+    """
+    import ray.data
+
+    if alone:
+        return ray.data.ActorPoolStrategy(size=pool.high, max_tasks_in_flight_per_actor=1)
+    return ray.data.ActorPoolStrategy(min_size=pool.low, max_size=pool.high)
 
 
 def _gave_up(error: Exception) -> str:

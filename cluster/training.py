@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +19,9 @@ from cluster.progress import console
 from cluster.resources import Settled, TrainResources, fit_groups
 from cluster.runner import say_waiting
 from cluster.worker import Worker
+
+# A group that worked for so long before it lost its workers did not lose them to its job.
+STEADY_S = 600.0
 
 Loop = Callable[[dict[str, Any], Iterator[int], Worker], None]
 """Called on every worker of a group with (config, indices of the jobs that the group gets, the worker)."""
@@ -78,7 +82,7 @@ def run_trainers(
         settled: resources of the groups.
         name: of the groups, with their number; unique under ``storage_uri``.
         storage_uri: folder of Ray Train's own records, removed at the end.
-        max_failures: so often a group is started again after a worker died.
+        max_failures: so often in a row a group is started again after a worker died.
 
     Raises:
         PrismError: the first that ``loop`` raised, in its own words.
@@ -162,7 +166,9 @@ def _run_group(
             failure_config=FailureConfig(max_failures=0),
         ),
     )
-    for attempt in range(max_failures + 1):
+    failures = 0
+    while True:
+        start = time.monotonic()
         try:
             trainer.fit()
             return
@@ -171,7 +177,9 @@ def _run_group(
             if found:
                 raise found from None
             lost = _lost_worker(error)
-            if attempt == max_failures or not lost:
+            # One that worked for a while was taken; a job that ends its workers does so again and again.
+            failures = 1 if time.monotonic() - start > STEADY_S else failures + 1
+            if failures > max_failures or not lost:
                 kind = WorkersLost if lost else RunError
                 raise kind(
                     f"{name}: training failed ({_last_line(error)}); run the same command again to resume"

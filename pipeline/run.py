@@ -44,7 +44,9 @@ def check_fit(run: Run, names: Sequence[str]) -> None:
         if resources.placement == "per_teacher":
             count = len({*run.config.recover.logit_teachers, *run.config.recover.bn_teachers})
             own = teacher_resources(resources.recover, count)
-            fit_pools([ActorStage("recover, actors of teachers", RecoverStage, resources=own)], 10**6)
+            # Together, for units' actors hold what they have while they wait for those of their teachers.
+            both = [*recover_stages(run, ""), ActorStage("recover, actors of teachers", RecoverStage, resources=own)]
+            fit_pools(both, 10**6)
     if "relabel" in names:
         fit_pools(relabel_stages(run, DISTILLED, ""), len(run.label_units))
     if "evaluate" in names:

@@ -36,6 +36,7 @@ class Work(Generic[Unit]):
 
     def pending(self) -> list[Unit]:
         """Units that are not committed, in the plan's order."""
+        # What is recorded as gone must be so before the work starts.
         with self.ledger:
             done = self.ledger.committed(self.keys, lambda name: self.verify(self.units[name]))
         return [unit for name, unit in self.units.items() if name not in done]

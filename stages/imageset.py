@@ -6,6 +6,7 @@ node's memory once, as pages that the system may drop, and no process's own.
 
 from __future__ import annotations
 
+import functools
 import mmap
 import os
 import tempfile
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cluster import shards, storage
-from cluster.errors import RunError
+from cluster.errors import RunError, UserError
 from cluster.nodecache import entry_version, node_cache
 from stages.data import DataSpec
 from stages.images import to_pixels
@@ -77,8 +78,27 @@ def load_image_set(uri: str, data: DataSpec) -> ImageSet:
             return _map(file.fileno(), data)
     # A file without a name: in this process's own memory where the system can do that.
     with _nameless() as own:
-        _decode(uri, files, data, own.fileno(), lambda size: None)
+        _decode(uri, files, data, own.fileno(), functools.partial(_check_memory, uri))
         return _map(own.fileno(), data)
+
+
+def _check_memory(uri: str, size: int) -> None:
+    """Refuse what would end this process, and after it the next one that tries.
+
+    Raises:
+        UserError: the decoded images take more than half of the memory that is free.
+    """
+    try:
+        fields = Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()
+    except (OSError, IndexError):
+        return
+    free = int(fields[0]) * 1024
+    if size > free // 2:
+        raise UserError(
+            f"{uri}: its images take more than {size / 2**30:.1f} GiB decoded, which neither the node's cache on disk "
+            f"nor its memory ({free / 2**30:.1f} GiB free) can hold; use machines with a larger disk, or name one by "
+            "PRISM_CACHE"
+        )
 
 
 def _nameless() -> IO[bytes]:

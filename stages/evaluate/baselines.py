@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import uuid
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,6 +12,7 @@ import pyarrow as pa
 from numpy.typing import ArrayLike
 
 from cluster import shards, storage
+from cluster.attempts import Attempts
 from cluster.classes import ClassIndex
 from cluster.errors import UserError
 from cluster.resources import ActorResources
@@ -149,4 +151,6 @@ def random_real(
     }
     # Decoding and encoding alone.
     resources = resources.model_copy(update={"gpus": 0})
-    return list(runner(rows, [ActorStage("random_real", CopyStage, kwargs, resources)]))
+    records = storage.join(out_uri, "progress", "starts", "random_real")
+    attempts = Attempts(records, uuid.uuid4().hex, "lower resources.relabel.actors")
+    return list(runner(rows, [ActorStage("random_real", CopyStage, kwargs, resources, attempts)]))

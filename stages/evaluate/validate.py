@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
@@ -11,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cluster import shards
+from cluster import shards, storage
+from cluster.attempts import Attempts
 from cluster.nodecache import node_cache
 from cluster.progress import StageProgress
 from cluster.resources import ActorResources
@@ -171,6 +173,9 @@ def validate_students(
             "gpu": resources.gpus != 0,
         },
         resources,
+        Attempts(
+            storage.join(out_uri, "progress", "starts", "validate"), uuid.uuid4().hex, "lower resources.validate.actors"
+        ),
     )
     owner = {row["id"]: row["job"] for row in rows}
     counted: list[list[Row]] = [[] for _ in stores]

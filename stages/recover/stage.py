@@ -73,7 +73,6 @@ class RecoverStage:
         )
         real = options.init == "real"
         self.reader = SourceReader(shards.load_dataset(train_uri), data) if real else None
-        preemption.listen()
 
     def __call__(self, row: Row) -> Row:
         """Recover and commit a unit.
@@ -142,6 +141,8 @@ class RecoverStage:
                 on_state=on_state,
             )
         except HelperLost:
+            if preemption.noticed():
+                attempt.excuse(last[0][0] if last else 0)
             # What the teachers were asked for is lost, the pixels are not: Ray starts the unit, and teachers, again.
             if last:
                 self._write_state(unit, *last[0])
@@ -262,6 +263,7 @@ def recover_stage(
         placement: of the teachers.
     """
     used = dict.fromkeys([*options.logit_teachers, *options.bn_teachers])
+    session = uuid.uuid4().hex
     return ActorStage(
         name="recover",
         factory=RecoverStage,
@@ -272,11 +274,12 @@ def recover_stage(
             "data": data,
             "options": options,
             "identity": identity,
-            "session": uuid.uuid4().hex,
+            "session": session,
             "gpu": resources.gpus != 0,
             "split": resources if placement == "per_teacher" else None,
         },
         resources=resources if placement == "colocated" else unit_resources(resources),
+        starts=Attempts(storage.join(out, "progress", "starts", "recover"), session, ""),
     )
 
 

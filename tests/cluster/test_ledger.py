@@ -99,6 +99,32 @@ def test_segments_are_merged_and_later_records_win(run, monkeypatch):
     assert calls == []
 
 
+def test_what_is_made_again_is_not_taken_for_what_was_there(run):
+    """Shards of the same size, a driver that dies before it records them, and a way back to the first settings."""
+    records, folders, wanted = run
+    other = wanted | {UNITS[0]: content_key("other threads")}
+    with Ledger(records, folders) as ledger:
+        assert UNITS[0] not in ledger.committed(other, opened([], good=False))
+    for folder in folders:
+        put(folder, UNITS[0], 7)
+    calls: list[str] = []
+    assert Ledger(records, folders).committed(wanted, opened(calls, good=False)) == set(UNITS[1:4])
+    assert calls == [UNITS[0]]
+
+
+def test_slow_units_do_not_make_a_segment_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(ledger_module, "FLUSH_S", 0.0)
+    records, folder = str(tmp_path / "records"), str(tmp_path / "shards")
+    ledger = Ledger(records, [folder])
+    wanted = {unit: content_key(unit) for unit in UNITS}
+    for unit in UNITS:
+        ledger.add(unit, wanted[unit], [put(folder, unit)])
+        assert len(storage.list_files(records)) == 1
+        calls: list[str] = []
+        assert unit in Ledger(records, [folder]).committed(wanted, opened(calls))
+        assert calls == []
+
+
 def test_segments_are_written_while_work_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(ledger_module, "FLUSH_RECORDS", 2)
     ledger = Ledger(str(tmp_path / "records"), [str(tmp_path)])

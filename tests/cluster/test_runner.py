@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,41 @@ def test_many_rows_through_three_fixed_pools(ray_local: None, tmp_path: Path, mo
     assert len(list(tmp_path.iterdir())) == 2 * 6
     assert {row["id"]: row["value"] for row in found} == {f"r{i}": i + 111 for i in range(24)}
     assert {row["threads"] for row in found} == {2}
+
+
+class StartThird:
+    """Cannot start in the first two processes, as on a machine whose device is broken."""
+
+    def __init__(self, log: str):
+        (Path(log) / str(os.getpid())).touch()
+        if len(list(Path(log).iterdir())) < 3:
+            raise RuntimeError("CUDA error: no device")
+
+    def __call__(self, row: Row) -> Row:
+        return row
+
+
+@pytest.mark.ray
+def test_a_worker_that_cannot_start_does_not_fail_the_rows(ray_local: None, tmp_path: Path) -> None:
+    (tmp_path / "log").mkdir()
+    starts = Attempts(str(tmp_path / "starts"), "s", "")
+    stage = ActorStage("start", StartThird, {"log": str(tmp_path / "log")}, ActorResources(actors=1), starts=starts)
+    assert {row["id"]: row["error"] for row in run_ray(rows(2), [stage])} == {"r0": "", "r1": ""}
+
+
+@pytest.mark.ray
+def test_a_chain_works_on_a_cluster_that_stays_smaller_than_it_may_get(
+    ray_local: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Actors of the first stage must not take all that is there while they wait for more."""
+    there = runner.read_capacity()
+    grown = replace(there, fixed=there.fixed * 8)
+    monkeypatch.setattr(runner, "read_capacity", lambda: grown)
+    wanted = ActorResources(cpus=0.9, actors=(1, 8))
+    chain = [ActorStage(f"add-{n}", Add, {"amount": n}, wanted) for n in (1, 10)]
+    assert [pool.high for pool in fit_pools(chain, 40)] == [8, 8]
+    found = list(run_ray(rows(40), chain))
+    assert {row["id"]: row["value"] for row in found} == {f"r{i}": i + 11 for i in range(40)}
 
 
 class Enlarge:
