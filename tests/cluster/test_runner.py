@@ -220,12 +220,13 @@ def test_a_row_that_ends_its_worker_is_given_up(ray_local: None, tmp_path: Path)
 
 @pytest.mark.ray
 def test_many_rows_through_three_fixed_pools(ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Six actors on two CPUs, each with the threads it was given; in two pipelines, one after the other."""
-    monkeypatch.setattr(runner, "WINDOW", 16)
+    """Six actors on two CPUs, each with the threads it was given; in three pipelines, one after the other."""
+    monkeypatch.setattr(runner, "WINDOW", 8)
     wanted = ActorResources(actors=2, threads=2, cpus=0.25)
     chain = [ActorStage(f"add-{n}", Add, {"amount": n, "log": str(tmp_path)}, wanted) for n in (1, 10, 100)]
     found = list(run_ray(rows(24), chain))
-    assert len(list(tmp_path.iterdir())) == 2 * 6
+    # One pipeline has two actors a stage at most.
+    assert all(len(list(tmp_path.glob(f"{n}-*"))) >= 3 for n in (1, 10, 100))
     assert {row["id"]: row["value"] for row in found} == {f"r{i}": i + 111 for i in range(24)}
     assert {row["threads"] for row in found} == {2}
 
