@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
+import random
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import ray
 import torch
-from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster import preemption
 from cluster.errors import HelperLost
+
+# An autoscaler sees within seconds what actors wait for; the machine that it starts stays for longer without work.
+PATIENCE_S = 180.0
 
 
 class _Helper:
@@ -22,16 +24,21 @@ class _Helper:
         torch.set_num_threads(threads)
         self._held = factory(**kwargs)
 
+    def ready(self) -> None:
+        """Answers once there is room for this actor."""
+
     def call(self, method: str, args: tuple[Any, ...]) -> Any:
         return getattr(self._held, method)(*args)
 
 
 class Helpers:
-    """One helper for every name, in a placement group: all have room, or none is started.
+    """One helper for every name: all have room at the same time, or none keeps any.
 
-    Helpers are not restarted: the objects would be lost all the same. Their maker ends, and its successor makes new
-    ones. Of an actor that dies and is restarted Ray ends the helpers, but not the group; so the group bears the actor's
-    name, and the successor removes it.
+    Helpers belong to the actor that makes them, and Ray ends them with it, however it ends. They are not restarted: the
+    objects would be lost all the same. Their maker ends, and its successor makes new ones.
+
+    They are in no placement group, which would give them their room in one step: in Ray 2.60 the group of an actor goes
+    when the actor and its whole job have ended, so every actor that died would leave its share of the cluster blocked.
 
     Args:
         makers: name → importable factory and its arguments: paths, ids and options.
@@ -41,7 +48,7 @@ class Helpers:
 
     Raises:
         PrismError: a factory raised it.
-        HelperLost: a helper died while it was made.
+        HelperLost: a helper died while it was made, or this process got a notice while it waited for room.
     """
 
     # (GPUs, torch threads) of the helpers of this process, which its own share does not hold.
@@ -50,25 +57,8 @@ class Helpers:
     def __init__(
         self, makers: Mapping[str, tuple[Callable[..., Any], dict[str, Any]]], cpus: float, gpus: float, threads: int
     ):
-        name = f"prism-{ray.get_runtime_context().get_actor_id()}"
-        with contextlib.suppress(ValueError):
-            remove_placement_group(get_placement_group(name))
-        bundle = {kind: amount for kind, amount in (("CPU", cpus), ("GPU", gpus)) if amount}
-        # Close together where they fit, since batches and gradients travel at every step.
-        group = placement_group([bundle] * len(makers), strategy="PACK", name=name)
-        # For hours where nodes are to come; a machine that is told to go meanwhile holds nothing worth keeping.
-        while not group.wait(1.0):
-            if preemption.noticed():
-                raise HelperLost("this machine is about to be taken away")
-        kind: Any = ray.remote(_Helper)
-        self._actors = {
-            helper: kind.options(
-                num_cpus=cpus,
-                num_gpus=gpus,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
-            ).remote()
-            for index, helper in enumerate(makers)
-        }
+        kind: Any = ray.remote(_Helper).options(num_cpus=cpus, num_gpus=gpus)
+        self._actors = _together(lambda: {helper: kind.remote() for helper in makers})
         made = [self._actors[helper].make.remote(*maker, threads) for helper, maker in makers.items()]
         for ref in made:
             _result(ref)
@@ -84,6 +74,30 @@ class Helpers:
         """
         ref = self._actors[helper].call.remote(method, args)
         return lambda: _result(ref)
+
+
+def _together(start: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Actors that all run.
+
+    Several makers that each hold a part of what is left would wait for each other for ever. So one that does not get
+    all in time lets go of all, for a time that differs from maker to maker.
+    """
+    while True:
+        actors = start()
+        waiting = [actor.ready.remote() for actor in actors.values()]
+        end = time.monotonic() + PATIENCE_S
+        # For hours where nodes are to come; a machine that is told to go meanwhile holds nothing worth keeping.
+        while waiting and time.monotonic() < end:
+            if preemption.noticed():
+                raise HelperLost("this machine is about to be taken away")
+            done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=1.0)
+            for ref in done:
+                _result(ref)
+        if not waiting:
+            return actors
+        for actor in actors.values():
+            ray.kill(actor)
+        time.sleep(random.uniform(0.0, 10.0))
 
 
 def _result(ref: Any) -> Any:

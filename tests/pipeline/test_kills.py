@@ -266,7 +266,7 @@ def test_notice_to_a_machine(runs: Any, cluster: Any) -> None:
     """What a preStop hook calls: units keep their state, and nothing is started there any more."""
     from cluster.preemption import notify
 
-    whole, cut, config = runs(ipc=4, iterations=LONG)
+    whole, cut, config = runs(ipc=2, iterations=8 * LONG)
     leaving = add_machine(cluster)
     with on(cluster, config, "resources.recover.actors=[1,2]") as driver:
         _, unit = in_its_middle(cut, driver)
@@ -286,7 +286,7 @@ def test_notice_to_a_machine(runs: Any, cluster: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_machine_that_joins_late_gets_units(runs: Any, cluster: Any) -> None:
-    whole, cut, config = runs(ipc=6, iterations=LONG)
+    whole, cut, config = runs(ipc=8, iterations=2 * LONG)
     first = add_machine(cluster)
     with on(cluster, config, "resources.recover.actors=[1,2]") as driver:
         in_its_middle(cut, driver)
