@@ -314,11 +314,14 @@ class Chaos:
     def strike(self) -> None:
         """End a worker that is in the middle of a unit, if there is one."""
         found = records(self.out)
-        targets = [pid for pid, unit in working(self.out).items() if found[unit]["session_attempt"] < MAX_ATTEMPTS]
+        at_risk = {name for name, r in found.items() if r["session_attempt"] < MAX_ATTEMPTS}
+        targets = sorted((pid, unit) for pid, unit in working(self.out).items() if unit in at_risk)
         if not targets:
             return
-        time.sleep(self.rng.uniform(0.0, 1.5))
-        pid = self.rng.choice(sorted(targets))
+        pid, unit = self.rng.choice(targets)
+        time.sleep(self.rng.uniform(0.5, 2.0))
+        if working(self.out).get(pid) != unit:
+            return
         kind = self.rng.choice(["worker", "worker", "worker", "notice", "notice", "machine"])
         # It may have ended by itself meanwhile.
         with contextlib.suppress(OSError, StopIteration):
@@ -338,7 +341,7 @@ class Chaos:
 @pytest.mark.timeout(1200)
 def test_soak(runs: Any, cluster: Any) -> None:
     """At least 20 kills in one run: nothing is lost, nothing is done twice, and Ray Data does not stand still."""
-    whole, cut, config = runs(ipc=8, iterations=LONG, checkpoint_every=50)
+    whole, cut, config = runs(ipc=8, iterations=3 * LONG, checkpoint_every=50)
     machines = [add_machine(cluster) for _ in range(2)]
     chaos = Chaos(cluster, cut, machines, seed=1)
     committed: dict[str, int] = {}
