@@ -83,6 +83,7 @@ def test_each_fault_in_every_request_that_is_made_first(s3_store, fault_proxy, m
     assert proxy.done[fault] >= 5
 
 
+@pytest.mark.slow
 def test_a_large_object_is_read_whole_or_not_at_all(s3_store, fault_proxy):
     """As parts of a file, which s3fs itself does not read again when they break off."""
     data = os.urandom(3 * 2**20)

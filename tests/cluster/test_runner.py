@@ -219,6 +219,7 @@ def test_a_row_that_ends_its_worker_is_given_up(ray_local: None, tmp_path: Path)
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_many_rows_through_three_fixed_pools(ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Six actors on two CPUs, each with the threads it was given; in three pipelines, one after the other."""
     monkeypatch.setattr(runner, "WINDOW", 8)

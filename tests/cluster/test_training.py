@@ -178,6 +178,7 @@ def test_users_error_keeps_its_words_and_is_not_retried(tmp_path: Path, ray_loca
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_bug_in_the_loop_is_not_retried(tmp_path: Path, ray_local: None) -> None:
     with pytest.raises(RunError, match=r"^nets-0: training failed \(ZeroDivisionError.*again to resume$"):
         run(broken, tmp_path, 1, {"threads": 1})
@@ -185,6 +186,7 @@ def test_bug_in_the_loop_is_not_retried(tmp_path: Path, ray_local: None) -> None
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_job_whose_worker_died_is_done_again(tmp_path: Path, ray_local: None) -> None:
     with pytest.raises(RunError, match=r"^nets-0: training failed .*; run the same command again to resume$"):
         run(crashes_once, tmp_path, 3, {"threads": 1, "parallel": 1}, max_failures=0)
@@ -194,6 +196,7 @@ def test_a_job_whose_worker_died_is_done_again(tmp_path: Path, ray_local: None) 
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_groups_work_at_the_same_time_and_one_that_fails_leaves_its_share(tmp_path: Path, ray_local: None) -> None:
     (tmp_path / "log").mkdir()
     with pytest.raises(RunError, match="job 2 was number 1 of its group"):

@@ -214,7 +214,9 @@ def test_sigkill_of_the_driver_then_the_same_command(prism, config, tmp_path):
 
 @pytest.mark.ray
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("stage", ["squeeze", "recover", pytest.param("evaluate", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "stage", ["squeeze", *(pytest.param(name, marks=pytest.mark.slow) for name in ("recover", "evaluate"))]
+)
 def test_ctrl_c_is_one_sentence(config, tmp_path, prism, stage):
     """The whole group gets the signal, as from a terminal; also while Ray Train works."""
     long = {"squeeze": {"epochs": 5000}, "recover": {"iterations": 10**6}, "relabel": {"epochs": 2000, "batch": 6}}

@@ -366,6 +366,7 @@ def test_ray_equals_serial(case: Case, ray_local: None) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_two_workers_share_every_batch(case: Case, ray_local: None) -> None:
     """Without BatchNorm, the average of the shares' gradients is the whole batch's."""
     plain = NetworkSpec(arch=f"user:{Path(__file__).with_name('evaluate_linear.py')}:linear")

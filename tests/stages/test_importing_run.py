@@ -259,6 +259,7 @@ def test_from_and_to_s3_gives_the_same_bytes(damaged, tmp_path, s3_server):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_ray_gives_the_bytes_of_the_serial_runner(damaged, tmp_path, ray_local):
     one = serial(damaged, tmp_path / "one", images_per_shard=4)
     two = import_dataset(open_source(str(damaged)), str(tmp_path / "two"), images_per_shard=4, runner=run_ray)

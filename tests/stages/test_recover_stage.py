@@ -434,7 +434,7 @@ def test_a_state_that_cannot_be_kept_does_not_fail_the_unit(
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("actors", [1, 2])
+@pytest.mark.parametrize("actors", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_same_bytes_with_ray(
     serial: tuple[Path, list[Row]], world: tuple[str, Any], tmp_path: Path, ray_local: None, actors: int
 ) -> None:
@@ -445,6 +445,7 @@ def test_same_bytes_with_ray(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_one_unit_fails_and_the_others_go_on(world: tuple[str, Any], tmp_path: Path, ray_local: None) -> None:
     """One unit's loss is NaN; another kills its worker every time, as running out of memory does."""
     units = units_of([["res"], ["nan"], ["kill"], ["conv"], ["res", "conv"]], iterations=2)

@@ -245,7 +245,7 @@ def test_logits_that_cannot_be_stored_are_refused(setup, tmp_path):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("actors", [1, 2])
+@pytest.mark.parametrize("actors", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_ray_gives_the_bytes_of_the_serial_runner(setup, labels, tmp_path, ray_local, actors):
     """Also with arrays of several lengths between the stages and a unit that fails in the first."""
     wrong = LabelUnit(epoch_start=40, epoch_stop=41, position_start=0, position_stop=50, num_images=COUNT + 1)
