@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -159,13 +160,15 @@ def _run_pipeline(rows: list[Row], stages: list[ActorStage]) -> Iterator[Row]:
     # starve behind actors that hold the CPUs.
     data: ray.data.Dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     capacity = read_capacity()
+    alone = len(stages) == 1
+    _ask_for_nodes(alone=alone)
     for stage, pool in zip(stages, _fit(stages, len(rows), capacity), strict=True):
         if not capacity.runs(pool.cpus, pool.gpus):
             say_waiting(stage.name, pool.cpus, pool.gpus)
         data = data.map(
             _named(stage.name),  # type: ignore[arg-type]
             fn_constructor_args=(stage,),
-            compute=_strategy(pool, alone=len(stages) == 1),
+            compute=_strategy(pool, alone=alone),
             num_cpus=pool.cpus,
             num_gpus=pool.gpus,
         )
@@ -195,6 +198,18 @@ def _strategy(pool: Pool, *, alone: bool) -> Any:
     if alone:
         return ray.data.ActorPoolStrategy(size=pool.high, max_tasks_in_flight_per_actor=1)
     return ray.data.ActorPoolStrategy(min_size=pool.low, max_size=pool.high)
+
+
+def _ask_for_nodes(*, alone: bool) -> None:
+    """Who asks an autoscaler for nodes in the next pipeline: a stage's waiting actors, or Ray Data for a chain.
+
+    Ray Data asks for what would double the speed of the slowest stage, once it knows how long units take, and holds on
+    to the nodes until the last unit is done: right for a chain of many short units, wrong for units of an hour.
+    """
+    if alone:
+        os.environ["RAY_DATA_CLUSTER_AUTOSCALER"] = "V2"  # made one that never asks, see cluster.session
+    else:
+        os.environ.pop("RAY_DATA_CLUSTER_AUTOSCALER", None)
 
 
 def _gave_up(error: Exception) -> str:

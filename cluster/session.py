@@ -15,13 +15,9 @@ from typing import Any
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-# Actors that wait are what makes an autoscaler add nodes (see ``run_ray``). Ray Data would ask for nodes as well, by
-# how busy the present ones are, and would hold on to them until the last unit of a stage is done.
-os.environ.setdefault("RAY_DATA_DEFAULT_CLUSTER_SCALING_UP_CPU_UTIL_THRESHOLD", NEVER := "1e9")
-os.environ.setdefault("RAY_DATA_DEFAULT_CLUSTER_SCALING_UP_GPU_UTIL_THRESHOLD", NEVER)
-os.environ.setdefault("RAY_DATA_DEFAULT_CLUSTER_SCALING_UP_MEMORY_UTIL_THRESHOLD", NEVER)
-os.environ.setdefault("RAY_DATA_DEFAULT_CLUSTER_SCALING_UP_OBJECT_STORE_MEMORY_UTIL_THRESHOLD", NEVER)
-os.environ.setdefault("RAY_DATA_CLUSTER_SCALING_UP_UTIL_THRESHOLD", NEVER)  # the other of its two ways
+# Nodes for a stage by itself are asked for by its actors that wait (``cluster.runner``). Ray Data would ask for more, and
+# hold on to them until the last unit of a stage is done; this one of its two ways to ask is made one that never does.
+os.environ.setdefault("RAY_DATA_CLUSTER_SCALING_UP_UTIL_THRESHOLD", "1e9")
 # Ray's C++ side writes its own errors to the terminal; failures reach users as sentences instead.
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 

@@ -53,6 +53,18 @@ class Work:
         return {**row, "node": context.get_node_id(), "gpus": len(context.get_accelerator_ids()["GPU"])}
 
 
+class Short:
+    # A second while there is one node alone.
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+
+    def __call__(self, row):
+        if not (self.folder / "grown").exists():
+            time.sleep(1)
+        return {**row, "node": ray.get_runtime_context().get_node_id()}
+
+
 class Commit:
     def __call__(self, row):
         return {**row, "commit": ray.get_runtime_context().get_node_id()}
@@ -75,11 +87,11 @@ def sample(samples, stop):
 
 try:
     with ray_session(SessionOptions(address=sys.argv[1])):
-        stages = [
-            ActorStage("work", Work, {"folder": str(folder)}),
+        stages = [ActorStage("work", Work, {"folder": str(folder)})]
+        if sys.argv[3] == "chain":
+            stages = [ActorStage(name, Short, {"folder": str(folder)}) for name in ("first", "second")]
             # Larger than a GPU node.
-            ActorStage("commit", Commit, {}, ActorResources(gpus=0, cpus=3, actors=1)),
-        ]
+            stages.append(ActorStage("commit", Commit, {}, ActorResources(gpus=0, cpus=3, actors=1)))
         size = read_capacity()
         found = {"cpus": size.cpus, "gpus": size.gpus, "start": nodes(), "pools": fit_pools(stages, 12)}
         settled = settle(TrainResources(), 9, "resources.squeeze")
@@ -91,7 +103,7 @@ try:
         samples, stop = [], threading.Event()
         sampler = threading.Thread(target=sample, args=[samples, stop])
         sampler.start()
-        rows = [{"id": f"unit-{index}", "error": ""} for index in range(12)]
+        rows = [{"id": f"unit-{index}", "error": ""} for index in range(int(sys.argv[4]))]
         try:
             found["rows"] = list(run_ray(rows, stages))
             found["at_end"] = nodes()
@@ -120,9 +132,9 @@ def cluster(tokens: dict[str, str]) -> Iterator[FakeCluster]:
         yield found
 
 
-def drive(cluster: FakeCluster, folder: Path, **env: str) -> dict[str, Any]:
+def drive(cluster: FakeCluster, folder: Path, kind: str, rows: int, **env: str) -> dict[str, Any]:
     own = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    command = [sys.executable, "-c", DRIVER, cluster.address, str(folder)]
+    command = [sys.executable, "-c", DRIVER, cluster.address, str(folder), kind, str(rows)]
     done = subprocess.run(command, env={**own, **env}, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -133,22 +145,21 @@ def drive(cluster: FakeCluster, folder: Path, **env: str) -> dict[str, Any]:
 def test_nodes_come_while_units_wait_and_go_when_they_are_done(
     cluster: FakeCluster, tokens: dict[str, str], tmp_path: Path
 ) -> None:
-    found = drive(cluster, tmp_path, **tokens)
+    found = drive(cluster, tmp_path, "alone", 12, **tokens)
     # Before any node was there:
     assert found["start"] == [0, 0]
     assert (found["cpus"], found["gpus"]) == (3 * 2 + 4, 3)
-    assert found["pools"] == [[1, 3, 0.0, 1.0], [1, 1, 3.0, 0.0]]
+    assert found["pools"] == [[1, 3, 0.0, 1.0]]
     assert found["groups"] == [3, True]
     assert found["refused"] == (
         "resources: much ask for 4 GPUs at least, but Ray can get 3; lower their cpus, gpus or actors"
     )
-    # All units came back, from several nodes with a GPU, and were committed on one without.
+    # All units came back, from several nodes.
     rows = found["rows"]
     assert sorted(row["id"] for row in rows) == sorted(f"unit-{index}" for index in range(12))
     assert [row["error"] for row in rows] == [""] * 12
     assert len({row["node"] for row in rows}) >= 2
     assert {row["gpus"] for row in rows} == {1}
-    assert not {row["node"] for row in rows} & {row["commit"] for row in rows}
     # The curve of GPU nodes: none, up to several, down to one while the last unit still works, none.
     samples = found["samples"]
     assert samples[0] == 0
@@ -161,8 +172,24 @@ def test_nodes_come_while_units_wait_and_go_when_they_are_done(
 
 @pytest.mark.ray
 @pytest.mark.slow
+def test_a_chain_starts_on_one_node_and_gets_more(cluster: FakeCluster, tokens: dict[str, str], tmp_path: Path) -> None:
+    """Two GPU stages share the first device that comes; the stage without GPU has a node of the other kind."""
+    found = drive(cluster, tmp_path, "chain", 150, **tokens)
+    assert found["pools"] == [[1, 3, 0.0, 0.5], [1, 3, 0.0, 0.5], [1, 1, 3.0, 0.0]]
+    rows = found["rows"]
+    assert sorted(row["id"] for row in rows) == sorted(f"unit-{index}" for index in range(150))
+    assert [row["error"] for row in rows] == [""] * 150
+    assert not {row["node"] for row in rows} & {row["commit"] for row in rows}
+    samples = found["samples"]
+    assert samples[0] == 0
+    assert max(samples) >= 2
+    assert samples[-1] == 0
+
+
+@pytest.mark.ray
+@pytest.mark.slow
 def test_a_cluster_that_wants_a_token_says_so(cluster: FakeCluster, tmp_path: Path) -> None:
-    found = drive(cluster, tmp_path, HOME=str(tmp_path))
+    found = drive(cluster, tmp_path, "alone", 1, HOME=str(tmp_path))
     assert found["error"].startswith(
         f"resources.session.address: the cluster at {cluster.address} refuses this command"
     )
