@@ -15,8 +15,8 @@ from typing import Any
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-# Nodes for a stage by itself are asked for by its actors that wait (``cluster.runner``). Ray Data would ask for more, and
-# hold on to them until the last unit of a stage is done; this one of its two ways to ask is made one that never does.
+# Nodes for a stage by itself are asked for by its actors that wait (``cluster.runner``). Ray Data would ask for more
+# and hold on to them until the last unit of the stage is done; this one of its two ways to ask is made never to.
 os.environ.setdefault("RAY_DATA_CLUSTER_SCALING_UP_UTIL_THRESHOLD", "1e9")
 # Ray's C++ side writes its own errors to the terminal; failures reach users as sentences instead.
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
