@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -37,6 +38,12 @@ def free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
+def _end_with_the_tests() -> None:
+    """Tests that are killed cannot clean up; Linux then signals the head, which ends what it started."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 @contextlib.contextmanager
 def ray_head(cpus: int = 2) -> Iterator[Head]:
     """A head with a dashboard and so many logical CPUs."""
@@ -51,8 +58,9 @@ def ray_head(cpus: int = 2) -> Iterator[Head]:
             f"--temp-dir={folder}", "--disable-usage-stats",
         ]  # fmt: skip
         process = subprocess.Popen(
-            command, env=env, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+            command, env=env, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            preexec_fn=_end_with_the_tests,
+        )  # fmt: skip
         try:
             for port in (gcs, dashboard):
                 _wait_for(port, process)

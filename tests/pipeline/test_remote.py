@@ -74,7 +74,7 @@ def test_a_job_goes_on_when_its_client_has_gone(config, prism):
 
         def ask(what: str) -> str:
             command = [submit[0], "job", what, "--address", head.dashboard, "prism-test"]
-            return subprocess.run(command, env=head.env, capture_output=True, text=True, check=True).stdout
+            return subprocess.run(command, env=head.env, capture_output=True, text=True, check=True).stdout.lower()
 
         seen, metrics = set(), set()
         while True:
@@ -85,11 +85,11 @@ def test_a_job_goes_on_when_its_client_has_gone(config, prism):
                 seen.add(status["state"])
                 if status["state"] == "finished":
                     break
-            assert "FAILED" not in ask("status"), ask("logs")
+            assert "failed" not in ask("status"), ask("logs")
             time.sleep(2)
         assert "running" in seen
-        while "SUCCEEDED" not in (state := ask("status")):
-            assert "FAILED" not in state, ask("logs")
+        while "succeeded" not in (state := ask("status")):
+            assert "failed" not in state, ask("logs")
             time.sleep(1)
         logs = ask("logs")
     assert "report.html" in logs
