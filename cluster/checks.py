@@ -97,12 +97,13 @@ def check_versions(driver: dict[str, str], nodes: Sequence[NodeFacts]) -> list[F
     return out or [Finding(level="ok", check="versions", text=f"{text} everywhere")]
 
 
-def check_gpus(nodes: Sequence[NodeFacts], wanted: Sequence[str]) -> list[Finding]:
+def check_gpus(nodes: Sequence[NodeFacts], wanted: Sequence[str], most: float = 0.0) -> list[Finding]:
     """Devices are seen by the driver of the machine, by torch, and by Ray.
 
     Args:
         nodes: of the cluster.
         wanted: fields of the configuration that ask for a GPU.
+        most: GPUs of the cluster at its full size, those that an autoscaler may start included.
     """
     out = []
     for node in nodes:
@@ -124,11 +125,12 @@ def check_gpus(nodes: Sequence[NodeFacts], wanted: Sequence[str]) -> list[Findin
             remedy = "start Ray there without --num-gpus and CUDA_VISIBLE_DEVICES, if all are meant"
             out.append(_warning("gpus", f"{sees}, which has {node.gpus}", remedy))
     total = sum(node.ray_gpus for node in nodes)
-    if wanted and not total:
-        remedy = "take the field out to compute on CPUs, or add a node with a GPU; a cluster that starts such nodes by "
-        remedy += "itself when work waits is fine"
-        out.append(_problem("gpus", f"Ray has no GPU now, but {_some(wanted)} asks for one", remedy))
-    summary = f"{total:g} seen by Ray" if total else "none, and none asked for"
+    if wanted and not max(total, most):
+        remedy = "take the field out to compute on CPUs, or add a node with a GPU"
+        out.append(_problem("gpus", f"Ray has no GPU and can start none, but {_some(wanted)} asks for one", remedy))
+    summary = f"{total:g} seen by Ray" if total or most else "none, and none asked for"
+    if most > total:
+        summary += f", up to {most:g} when work waits for them"
     return out or [Finding(level="ok", check="gpus", text=summary)]
 
 

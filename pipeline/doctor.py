@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 from cluster import storage
+from cluster.capacity import read_capacity
 from cluster.checks import CHECKS, Finding, check_gpus, check_versions
 from cluster.errors import PrismError
 from cluster.facts import Use, gather, versions
@@ -57,7 +58,7 @@ def diagnose(config: Config | None, session: SessionOptions) -> Iterator[Finding
             yield Finding(level="ok", check="ray", text=f"{where}: {len(facts)} nodes answer")
             yield from unreachable
             yield from check_versions(versions(), facts)
-            yield from check_gpus(facts, gpu_fields(config) if config else [])
+            yield from check_gpus(facts, gpu_fields(config) if config else [], read_capacity().gpus)
             for check in CHECKS:
                 yield from check(facts)
             if run:

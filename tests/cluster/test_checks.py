@@ -78,6 +78,9 @@ def test_configuration_that_asks_for_a_gpu_where_there_is_none():
     assert (found.level, found.check) == ("problem", "gpus")
     assert "resources.recover.gpus, resources.squeeze.gpu asks for one" in found.text
     assert not bad(node())
+    # A cluster that has grown from nothing, and back.
+    (found,) = check_gpus([node()], ["resources.recover.gpus"], most=24)
+    assert (found.level, found.text) == ("ok", "0 seen by Ray, up to 24 when work waits for them")
 
 
 def test_many_nodes_with_one_fault_are_one_line():
