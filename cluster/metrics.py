@@ -7,6 +7,7 @@ happens. Every metric has the tags ``stage`` and ``job``, Ray's id of the job, w
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,6 +20,8 @@ from cluster.record import StageRecord, images_of
 
 # Seconds; a unit takes from less than one on a small machine to an hour.
 BOUNDARIES = [1.0, 3.0, 10.0, 30.0, 60.0, 180.0, 600.0, 1800.0, 3600.0, 10800.0]
+# Half of Ray's interval between two reports.
+REPEAT_S = 5.0
 # Columns that a row gathers on its way through the stages.
 SPENT = ("gpu_seconds", "cpu_seconds")
 TAGS = ("stage", "job")
@@ -38,20 +41,33 @@ class WorkerMetrics:
         if not self._on:
             return
         context = ray.get_runtime_context()
-        if context.get_actor_id() is not None:
+        actor = context.get_actor_id() is not None
+        if actor:
             self._gpus = float(context.get_assigned_resources().get("GPU", 0))
         self._running = _named(Gauge, "prism_units_running", "Units that workers have in hand.", stage)
         self._seconds = _named(
             Histogram, "prism_unit_seconds", "Seconds that a unit took in a stage.", stage, boundaries=BOUNDARIES
         )
-        self._running.set(0)
+        self._now = 0
+        if actor:
+            threading.Thread(target=self._repeat, name="metrics", daemon=True).start()
+
+    def _hold(self, units: int) -> None:
+        self._now = units
+        self._running.set(units)
+
+    def _repeat(self) -> None:
+        """For the life of the actor: a gauge that is not set again is dropped after two reports, a unit takes longer."""
+        while True:
+            self._running.set(self._now)
+            time.sleep(REPEAT_S)
 
     @contextlib.contextmanager
     def unit(self, spent: dict[str, float]) -> Iterator[None]:
         """Measure a unit; adds what it took to ``gpu_seconds`` or, without a GPU, ``cpu_seconds`` of ``spent``."""
         start = time.monotonic()
         if self._on:
-            self._running.set(1)
+            self._hold(1)
         try:
             yield
         finally:
@@ -60,7 +76,7 @@ class WorkerMetrics:
             kind, share = ("gpu_seconds", gpus) if gpus else ("cpu_seconds", threads)
             spent[kind] = spent.get(kind, 0.0) + share * seconds
             if self._on:
-                self._running.set(0)
+                self._hold(0)
                 self._seconds.observe(seconds)
 
 

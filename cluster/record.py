@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from pydantic import BaseModel
@@ -106,6 +106,7 @@ class RecordWriter:
         planned: of the whole stage.
         pending: ids of the units that are still to be done; None where progress is not by rows.
         interval_s: between two writes.
+        on_write: told the record every so often, changed or not.
     """
 
     def __init__(
@@ -115,8 +116,9 @@ class RecordWriter:
         planned: float,
         pending: Iterable[str] | None = None,
         interval_s: float = 5.0,
+        on_write: Callable[[StageRecord], None] = lambda record: None,
     ):
-        self._tasks, self._interval = tasks_uri, interval_s
+        self._tasks, self._interval, self._on_write = tasks_uri, interval_s, on_write
         before = read_record(tasks_uri) or StageRecord(unit=unit, planned=planned)
         self._seconds = before.seconds
         self._spent = before.gpu_seconds, before.cpu_seconds
@@ -207,6 +209,7 @@ class RecordWriter:
             fresh = list(self._fresh)
             self.record.counted = fresh
             content = self.record.model_dump(mode="json")
+        self._on_write(self.record)
         storage.write_json(f"{self._tasks}.json", content)
         # After they are counted: a driver that dies in between leaves them to the next one, which knows them.
         storage.remove_files(self._tasks, [f"{name}.json" for name in fresh])

@@ -148,10 +148,9 @@ class Run:
         uri, metrics = storage.join(self.out, "progress", stage), DriverMetrics(stage)
         with (
             StageProgress(title, total, unit) as progress,
-            RecordWriter(uri, unit, total, [row["id"] for row in rows]) as writer,
+            RecordWriter(uri, unit, total, [row["id"] for row in rows], on_write=metrics.update) as writer,
         ):
             progress.resume(total - len(rows))
-            metrics.update(writer.record)
             for row in self.runner(rows, stages) if rows else ():
                 results.append(row)
                 if not row["error"]:

@@ -48,7 +48,7 @@ def _end_with_the_tests() -> None:
 def ray_head(cpus: int = 2) -> Iterator[Head]:
     """A head with a dashboard and so many logical CPUs."""
     gcs, dashboard, metrics = free_ports(3)
-    env = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT), "RAY_metrics_report_interval_ms": "1000"}
+    env = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
     env.pop("RAY_ADDRESS", None)
     with tempfile.TemporaryDirectory(prefix="r", dir=SHORT_TMP, ignore_cleanup_errors=True) as folder:
         command = [
