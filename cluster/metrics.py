@@ -57,7 +57,7 @@ class WorkerMetrics:
         self._running.set(units)
 
     def _repeat(self) -> None:
-        """For the life of the actor: a gauge that is not set again is dropped after two reports, a unit takes longer."""
+        """For the life of the actor: a gauge that is not set again is dropped after two reports; units last longer."""
         while True:
             self._running.set(self._now)
             time.sleep(REPEAT_S)

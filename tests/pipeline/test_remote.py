@@ -69,7 +69,12 @@ def test_a_job_goes_on_when_its_client_has_gone(config, prism):
             "--submission-id", "prism-test", "--working-dir", str(path.parent), "--entrypoint-num-cpus", "0",
             "--", sys.executable, "-m", "pipeline", "run", "mine.yaml", "--address", "auto",
         ]  # fmt: skip
-        done = subprocess.run(submit, env=head.env, capture_output=True, text=True, timeout=120, check=False)
+        # The head's agent comes up after its dashboard.
+        for _ in range(20):
+            done = subprocess.run(submit, env=head.env, capture_output=True, text=True, timeout=120, check=False)
+            if "No available agent" not in done.stderr:
+                break
+            time.sleep(1)
         assert done.returncode == 0, done.stdout + done.stderr
 
         def ask(what: str) -> str:
