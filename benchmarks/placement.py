@@ -29,7 +29,7 @@ from stages.teachers.build import build_network
 from stages.teachers.options import TeacherSpec
 from stages.teachers.weights import save_weights
 
-SIZE, IMAGES, STEPS, UNITS, ROUNDS = 32, 50, 30, 3, 2
+SIZE, IMAGES, STEPS, UNITS, ROUNDS = 32, 20, 12, 3, 2
 DATA = DataSpec(SIZE, 3, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), tuple(f"c{i:02d}" for i in range(IMAGES)))
 TEACHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet18": ("builtin:resnet18", {"width": 16}),
