@@ -55,11 +55,16 @@ class Attempts:
         remedy: for the error, "lower …".
         seed: of the run, for the error, where units have none of their own.
         interval_s: shortest time between two records of progress.
+        key: what all units are made from, where they have no keys of their own.
     """
 
-    def __init__(self, uri: str, session: str, remedy: str, seed: int = 0, interval_s: float = 5.0):
+    def __init__(self, uri: str, session: str, remedy: str, seed: int = 0, interval_s: float = 5.0, key: str = ""):
         self._uri, self._session, self._remedy, self._interval = uri, session, remedy, interval_s
-        self._seed = seed
+        self._seed, self._key = seed, key
+
+    def clear(self) -> None:
+        """Remove the records of a stage that is complete."""
+        storage.remove_files(self._uri, list(storage.list_files(self._uri, ".json")))
 
     def begun(self, task: str) -> bool:
         """Whether this session has started the unit before."""
@@ -81,7 +86,7 @@ class Attempts:
         Raises:
             RunError: the unit lost its worker too often.
         """
-        last = self._last(task)
+        last, key = self._last(task), key or self._key
         if last.get("key") != key:
             last = {}
         again = last.get("session") == self._session and last["done"] < last["total"] and done <= last["from"]

@@ -7,6 +7,7 @@ without CPUs, and gets nodes because work waits, has room for the work all the s
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 from collections import Counter
@@ -17,6 +18,9 @@ from typing import Any
 
 import yaml
 
+from cluster.errors import redact
+
+log = logging.getLogger("prism")
 HEAD_RESOURCE = "node:__internal_head__"
 # Where Kubernetes tells a pod its namespace.
 NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
@@ -151,9 +155,10 @@ def _node(resources: dict[str, float]) -> Node:
 
 
 def read_growth() -> Growth:
-    """What the running cluster's autoscaler may start; nothing where there is none, or none that can be asked.
+    """What the running cluster's autoscaler may start; nothing where there is none.
 
-    Ray itself keeps no record of it that every autoscaler writes. So the head is asked, where the autoscaler runs.
+    Ray itself keeps no record of it that every autoscaler writes. So the head is asked, where the autoscaler runs. When
+    it does not answer, the log says so, and the nodes that run count alone.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -166,15 +171,21 @@ def read_growth() -> Growth:
         )
     context = ray.get_runtime_context()
     head = next((n["NodeID"] for n in ray.nodes() if n["Alive"] and HEAD_RESOURCE in n["Resources"]), None)
-    config: dict[str, Any] | None = None
-    if head in (None, context.get_node_id()):
-        config = autoscaler_config(context.gcs_address)
-    else:
-        there = NodeAffinitySchedulingStrategy(head, soft=False)
-        ask = ray.remote(num_cpus=0, max_retries=0)(autoscaler_config).options(scheduling_strategy=there)
-        # An older package there, or none: as if nobody knew.
-        with contextlib.suppress(ray.exceptions.RayError):
+    try:
+        if head in (None, context.get_node_id()):
+            config = autoscaler_config(context.gcs_address)
+        else:
+            there = NodeAffinitySchedulingStrategy(head, soft=False)
+            ask = ray.remote(num_cpus=0, max_retries=0)(autoscaler_config).options(scheduling_strategy=there)
             config = ray.get(ask.remote(context.gcs_address), timeout=120)
+    except Exception as error:
+        # Files, rights, an API server, another version of this package on the head.
+        log.warning(
+            "what the cluster's autoscaler may start is not known (%s), so only the nodes that run now count; give "
+            "resources.*.actors and gpus if more will come",
+            redact(str(error).strip().rpartition("\n")[2] or type(error).__name__),
+        )
+        return Growth((), 0)
     return growth_of(config) if config else Growth((), 0)
 
 
@@ -193,6 +204,12 @@ def autoscaler_config(gcs_address: str) -> dict[str, Any] | None:
 
     Args:
         gcs_address: of the cluster, host:port; a machine may have several.
+
+    Returns:
+        None: it has none.
+
+    Raises:
+        Exception: of the file's reader or of the API server.
     """
     return _of_monitor(gcs_address.rpartition(":")[2]) or _of_kuberay()
 
@@ -202,14 +219,15 @@ def _of_monitor(port: str) -> dict[str, Any] | None:
     import psutil  # comes with ray, hence needs it imported
 
     for process in psutil.process_iter():
+        words: list[str] = []
         with contextlib.suppress(psutil.Error, OSError):
             words = process.cmdline()
-            given = dict(word.partition("=")[::2] for word in words if word.startswith("--"))
-            file = given.get("--autoscaling-config")
-            monitor = any(os.path.basename(word) == "monitor.py" for word in words)
-            if file and monitor and given.get("--gcs-address", "").endswith(f":{port}"):
-                config = yaml.safe_load(Path(file).expanduser().read_text())
-                return config if isinstance(config, dict) else None
+        given = dict(word.partition("=")[::2] for word in words if word.startswith("--"))
+        file = given.get("--autoscaling-config")
+        monitor = any(os.path.basename(word) == "monitor.py" for word in words)
+        if file and monitor and given.get("--gcs-address", "").endswith(f":{port}"):
+            config = yaml.safe_load(Path(file).expanduser().read_text())
+            return config if isinstance(config, dict) else None
     return None
 
 
@@ -220,10 +238,8 @@ def _of_kuberay() -> dict[str, Any] | None:
         return None
     from ray.autoscaler._private.kuberay import autoscaling_config, node_provider
 
-    # Whatever keeps the pod from reading the object, the nodes that run are known all the same.
-    with contextlib.suppress(Exception):
-        client = node_provider.KubernetesHttpApiClient(namespace=NAMESPACE_FILE.read_text().strip())
-        cluster = client.get(f"rayclusters/{name}")
-        if cluster["spec"].get("enableInTreeAutoscaling"):
-            return dict(autoscaling_config._derive_autoscaling_config_from_ray_cr(cluster))
+    client = node_provider.KubernetesHttpApiClient(namespace=NAMESPACE_FILE.read_text().strip())
+    cluster = client.get(f"rayclusters/{name}")
+    if cluster["spec"].get("enableInTreeAutoscaling"):
+        return dict(autoscaling_config._derive_autoscaling_config_from_ray_cr(cluster))
     return None

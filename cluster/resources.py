@@ -67,8 +67,8 @@ class TrainResources(Frozen):
             and memory for, and no more than networks to train.
         cpus: CPUs one worker reserves. None: with a GPU 0.5, else about as many as it has threads.
         gpu: one GPU per worker. None: yes where the cluster has GPUs.
-        threads: torch threads of one worker. None: all CPUs divided by all workers at the same time. Part of what
-            makes float sums come out the same.
+        threads: torch threads of one worker. None: as many as let all workers at the same time find CPUs on the
+            cluster's nodes. Part of what makes float sums come out the same.
     """
 
     workers: int = Field(default=1, ge=1)
@@ -229,8 +229,11 @@ def fit_groups(resources: TrainResources, jobs: int, field: str, capacity: Capac
         room = int(capacity.cpus / max(least, resources.threads or 1))
     groups = max(1, min(resources.parallel or room // workers, jobs))
     # Before memory is looked at, which differs from one start to the next where threads, and so results, may not.
-    share = min(capacity.cpus / (groups * workers), max(node.cpus for node in capacity.nodes))
-    threads = resources.threads or max(1, int(share))
+    largest = max(node.cpus for node in capacity.nodes)
+    every = groups * workers
+    together = (count for count in range(int(largest), 1, -1) if capacity.room(count, float(gpu)) >= every)
+    threads = resources.threads or next(together, 1)
+    share = min(capacity.cpus / every, largest)
     if not gpu and resources.parallel is None:
         groups = max(1, min(groups, int(min(capacity.memory / (WORKER_BYTES * workers), groups))))
     # Without GPUs the CPUs are what is computed with: reserving them keeps groups on nodes that have them free.

@@ -42,7 +42,7 @@ class ActorStage:
         kwargs: paths, ids and options for the factory; never weights or images.
         resources: of one actor and of the pool.
         attempts: bounds how often a row may end its worker, for stages that do not see to it themselves.
-        starts: bounds how often a row may meet a worker that could not start; None: ``attempts`` do.
+        starts: bounds how often a row may meet a worker whose device is broken; None: ``attempts`` do.
     """
 
     name: str
@@ -81,14 +81,15 @@ class Guarded:
         preemption.listen()
 
     def __call__(self, row: Row) -> Row:
-        """Run the stage on one row, which carries what all stages spent on it; one that failed passes through."""
+        """Run the stage on one row, which carries its starts and what all stages spent; a failed one passes through."""
         if row["error"]:
             return row
         done: list[Row] = []
         spent = {name: row[name] for name in SPENT if name in row}
+        starts = {name: row[name] for name in ("attempt",) if name in row}
         with self.metrics.unit(spent):
             reason = self._broken(row["id"]) or self._reason(lambda: done.append(self._run(row)), row["id"])
-        return ({"id": row["id"], "error": f"{self.name}: {reason}"} if reason else done[0]) | spent
+        return starts | ({"id": row["id"], "error": f"{self.name}: {reason}"} if reason else done[0]) | spent
 
     def _start(self, stage: ActorStage) -> None:
         try:
@@ -110,13 +111,23 @@ class Guarded:
         return self.broken
 
     def _run(self, row: Row) -> Row:
-        assert self.inner is not None
         if self.attempts is None:
-            return self.inner(row)
+            return self._work(row)
         attempt = self.attempts.begin(row["id"], 1)
-        out = self.inner(row)
+        out = self._work(row)
         attempt.finish()
-        return out
+        return out | {"attempt": row.get("attempt", 1) + attempt.number - 1}
+
+    def _work(self, row: Row) -> Row:
+        """Run the stage; a device that fails ends the process, to which it is lost, as in ``_broken``."""
+        assert self.inner is not None
+        try:
+            return self.inner(row)
+        except torch.AcceleratorError:
+            if self.starts is not None and preemption.is_worker():
+                log.error("%s: %s, moved elsewhere\n%s", self.name, row["id"], redact(traceback.format_exc()))
+                preemption.leave()
+            raise
 
     def _reason(self, action: Callable[[], object], what: str) -> str:
         """Why ``action`` failed, empty when it did not."""

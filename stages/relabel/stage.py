@@ -196,6 +196,7 @@ def relabel_stages(
                 session,
                 f"lower resources.relabel.actors or relabel with a smaller teacher than {name}",
                 seed,
+                key=identity,
             ),
         )
         for name in options.teachers

@@ -112,7 +112,8 @@ def test_what_kuberays_object_lets_ray_start(
         raise PermissionError("403")
 
     monkeypatch.setattr(Client, "get", refused)
-    assert autoscaler_config("127.0.0.1:1") is None
+    with pytest.raises(PermissionError):
+        autoscaler_config("127.0.0.1:1")
 
 
 def test_the_autoscaler_of_this_cluster_is_found_among_processes(tmp_path: Path) -> None:
@@ -223,6 +224,18 @@ def test_trainings_wait_for_gpus_that_may_come() -> None:
         fit_groups(TrainResources(workers=9), 1, "resources.squeeze", grown())
     with pytest.raises(UserError, match="1 workers ask for 9 CPUs and a GPU each, but the nodes that Ray can get hold"):
         fit_groups(TrainResources(cpus=9), 1, "resources.squeeze", grown())
+
+
+@pytest.mark.ray
+def test_an_autoscaler_that_does_not_tell_is_mentioned(
+    ray_local: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(gcs_address: str) -> None:
+        raise PermissionError("403 Forbidden")
+
+    monkeypatch.setattr(capacity, "autoscaler_config", refused)
+    assert capacity.read_capacity().growth.types == ()
+    assert "may start is not known (403 Forbidden), so only the nodes that run now count" in caplog.text
 
 
 @pytest.mark.ray

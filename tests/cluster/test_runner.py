@@ -232,24 +232,56 @@ def test_many_rows_through_three_fixed_pools(ray_local: None, tmp_path: Path, mo
     assert {row["threads"] for row in found} == {2}
 
 
-class StartThird:
-    """Cannot start in the first two processes, as on a machine whose device is broken."""
+class WorksThird:
+    """Cannot start in the first process, breaks in the second: two machines whose devices are ill."""
 
     def __init__(self, log: str):
         (Path(log) / str(os.getpid())).touch()
-        if len(list(Path(log).iterdir())) < 3:
-            raise RuntimeError("CUDA error: no device")
+        self.started = len(list(Path(log).iterdir()))
+        if self.started == 1:
+            raise RuntimeError("no device")
 
     def __call__(self, row: Row) -> Row:
+        if self.started == 2:
+            raise torch.AcceleratorError("CUDA error: unspecified launch failure")
         return row
 
 
 @pytest.mark.ray
-def test_a_worker_that_cannot_start_does_not_fail_the_rows(ray_local: None, tmp_path: Path) -> None:
+def test_a_worker_with_a_broken_device_does_not_fail_the_rows(ray_local: None, tmp_path: Path) -> None:
     (tmp_path / "log").mkdir()
     starts = Attempts(str(tmp_path / "starts"), "s", "")
-    stage = ActorStage("start", StartThird, {"log": str(tmp_path / "log")}, ActorResources(actors=1), starts=starts)
+    stage = ActorStage("start", WorksThird, {"log": str(tmp_path / "log")}, ActorResources(actors=1), starts=starts)
     assert {row["id"]: row["error"] for row in run_ray(rows(2), [stage])} == {"r0": "", "r1": ""}
+    assert len(list((tmp_path / "log").iterdir())) == 3
+
+
+def test_a_row_carries_its_starts_through_all_stages(tmp_path: Path) -> None:
+    """Of all stages together, and only those of the same content."""
+
+    def attempts(stage: str, key: str = "") -> Attempts:
+        return Attempts(str(tmp_path / stage), "s", "", key=key)
+
+    attempts("a").begin("r0", 1)
+    attempts("b").begin("r0", 1)
+    attempts("b").begin("r0", 1)
+    attempts("b").begin("r1", 1)
+    chain = [ActorStage(name, Add, {"amount": 1}, attempts=attempts(name)) for name in "ab"]
+    assert {row["id"]: row["attempt"] for row in run_serial(rows(2), [*chain, ActorStage("c", Forget)])} == {
+        "r0": 4,
+        "r1": 2,
+    }
+    other = ActorStage("b", Forget, attempts=attempts("b", "other"))
+    assert [row["attempt"] for row in run_serial(rows(1), [other])] == [1]
+    attempts("b").clear()
+    assert not list((tmp_path / "b").iterdir())
+
+
+class Forget:
+    """Returns a row of its own, as a commit does."""
+
+    def __call__(self, row: Row) -> Row:
+        return {"id": row["id"], "error": ""}
 
 
 class Enlarge:

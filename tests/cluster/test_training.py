@@ -127,6 +127,21 @@ def test_groups_share_the_cluster(resources, jobs, cluster, expected) -> None:
     assert found.workers == resources.get("workers", 1)
 
 
+@pytest.mark.parametrize(
+    ("nodes", "jobs", "expected"),
+    [
+        # 6 threads, the CPUs over the jobs, fit the large node alone, twice.
+        ([Node(16, 0), *[Node(4, 0)] * 4], 5, (5, 4)),
+        # CPUs beside which there is no GPU are none of a training's.
+        ([Node(64, 0), Node(8, 1), Node(8, 1)], 2, (2, 8)),
+        ([Node(16, 4), Node(8, 1)], 5, (5, 4)),
+    ],
+)
+def test_threads_let_all_trainings_find_a_node(nodes, jobs, expected) -> None:
+    found = fit_groups(TrainResources(), jobs, "resources.squeeze", combine(nodes, [], Growth((), 0)))
+    assert (found.groups, found.threads) == expected
+
+
 @pytest.mark.parametrize(("resources", "kind"), [({"workers": 9}, "4.5 CPUs"), ({"gpu": True}, "1 GPUs")])
 def test_a_group_that_cannot_fit_is_refused(resources, kind) -> None:
     with pytest.raises(UserError, match=f"^resources.squeeze: a training asks for {kind}, but Ray has"):
