@@ -103,7 +103,7 @@ def labels(setup, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("labels")
     rows = list(run_serial(relabel_rows(plan_units(COUNT, CLASSES, options())), setup.stages(out, options())))
     assert not errors(rows)
-    assert {frozenset(row) for row in rows} == {frozenset(["id", "error", "rows", "sizes", "cpu_seconds"])}
+    assert {frozenset(row) for row in rows} == {frozenset(["id", "error", "rows", "sizes", "attempt", "cpu_seconds"])}
     assert sum(row["rows"] for row in rows) == COUNT * 34
     return out
 
