@@ -18,9 +18,9 @@ import numpy as np
 from PIL import Image
 
 from cluster import storage
-from cluster.resources import ActorResources
+from cluster.resources import ActorResources, SessionOptions
 from cluster.runner import run_ray, run_serial
-from cluster.session import SessionOptions, ray_session
+from cluster.session import ray_session
 from cluster.shards import labels_of, load_dataset
 from pipeline.loading import resolve
 from pipeline.plan import make_plan, with_sources

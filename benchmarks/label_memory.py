@@ -29,9 +29,9 @@ import pyarrow as pa
 import ray
 
 from cluster import shards, storage
-from cluster.resources import ActorResources, TrainResources
+from cluster.resources import ActorResources, SessionOptions, TrainResources
 from cluster.runner import run_ray
-from cluster.session import OBJECT_STORE_MIN, SessionOptions, ray_session
+from cluster.session import OBJECT_STORE_MIN, ray_session
 from stages.data import DataSpec
 from stages.evaluate.jobs import plan_jobs
 from stages.evaluate.options import EvaluateOptions, Protocol

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from cluster import storage
-from cluster.resources import ActorResources
+from cluster.resources import ActorResources, SessionOptions
 from cluster.runner import run_ray, run_serial
-from cluster.session import SessionOptions, ray_session
+from cluster.session import ray_session
 from stages.data import DataSpec
 from stages.recover.options import RecoverOptions
 from stages.recover.stage import recover_rows, recover_stage

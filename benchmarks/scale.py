@@ -31,9 +31,9 @@ import numpy as np
 from cluster import storage
 from cluster.classes import ClassIndex
 from cluster.ledger import Ledger, content_key
-from cluster.resources import ActorResources
+from cluster.resources import ActorResources, SessionOptions
 from cluster.runner import ActorStage, Row, run_ray
-from cluster.session import SessionOptions, ray_session
+from cluster.session import ray_session
 
 CONFIG = Path(__file__).resolve().parents[1] / "examples" / "imagenet1k.yaml"
 SIZES = {

@@ -8,6 +8,7 @@ of strings, numbers and numpy arrays with at least ``id`` (str) and ``error`` (s
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import traceback
@@ -29,7 +30,7 @@ Row = dict[str, Any]
 log = logging.getLogger("prism")
 # Ray Data keeps about 10 KB in the driver for every block of a pipeline. More units than these take several, each with
 # actors of its own, whose start is little beside thousands of units.
-WINDOW = 5000
+WINDOW = 2500
 
 
 @dataclass(frozen=True)
@@ -160,8 +161,11 @@ def run_ray(rows: list[Row], stages: list[ActorStage]) -> Iterator[Row]:
 
     Needs a running session (``cluster.session.ray_session``).
     """
-    for start in range(0, len(rows), WINDOW):
-        yield from _run_pipeline(rows[start : start + WINDOW], stages)
+    windows = -(-len(rows) // WINDOW)
+    # All of about the same size: the last one must not be of a few units.
+    bounds = [len(rows) * i // windows for i in range(windows + 1)] if rows else []
+    for start, stop in itertools.pairwise(bounds):
+        yield from _run_pipeline(rows[start:stop], stages)
 
 
 def _run_pipeline(rows: list[Row], stages: list[ActorStage]) -> Iterator[Row]:

@@ -23,36 +23,13 @@ os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 
 import ray
 import ray.data
-from pydantic import Field
 from ray._raylet import Config  # type: ignore[attr-defined]
 
 from cluster.errors import INTERRUPTED, RunError, UserError, first_line
-from cluster.resources import Frozen
+from cluster.resources import SessionOptions
 
 OBJECT_STORE_MIN = 128 * 2**20
 AUTH_MODE = "RAY_AUTH_MODE"
-
-
-class SessionOptions(Frozen):
-    """How to reach Ray.
-
-    Attributes:
-        address: None starts a private session on this machine; else a running cluster: ``auto`` finds the one of this
-            machine, on a head node or in a job, host:port names one. One that asks for a token gets that of
-            ``RAY_AUTH_TOKEN`` or of the file ``RAY_AUTH_TOKEN_PATH``; ``RAY_AUTH_MODE=token`` takes
-            ``~/.ray/auth_token`` too.
-        num_cpus: logical CPUs of a private session. None: those of the machine.
-        object_store_mb: object store of a private session. None: an eighth of the memory, at most 2 GiB, since
-            images and weights do not pass through it.
-        no_progress_timeout_s: recover, relabel or validation is ended when none of its units has finished or been
-            handed out for so many seconds, which says that it hangs. Must exceed the longest unit and the longest
-            wait for a node of an autoscaled cluster together. None: never.
-    """
-
-    address: str | None = None
-    num_cpus: int | None = None
-    object_store_mb: int | None = None
-    no_progress_timeout_s: int | None = Field(default=12 * 3600, ge=1)
 
 
 @contextlib.contextmanager

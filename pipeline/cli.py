@@ -161,7 +161,7 @@ def report(out: Annotated[str, typer.Argument(help="A run directory")], dry_run:
 @app.command()
 def doctor(words: Words = None, address: Address = None) -> None:
     """Find what would keep a run from working: this machine and the cluster; with CONFIG its data and weights too."""
-    from cluster.session import SessionOptions
+    from cluster.resources import SessionOptions
     from pipeline.doctor import doctor as examine
 
     file, overrides = _split(words)

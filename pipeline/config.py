@@ -8,8 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from cluster.resources import ActorResources, Frozen, TrainResources
-from cluster.session import SessionOptions
+from cluster.resources import ActorResources, Frozen, SessionOptions, TrainResources
 from stages.evaluate.options import EvaluateOptions
 from stages.recover.options import Placement, RecoverOptions
 from stages.relabel.options import RelabelOptions

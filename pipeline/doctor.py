@@ -14,8 +14,9 @@ from cluster.checks import CHECKS, Finding, check_gpus, check_versions
 from cluster.errors import PrismError
 from cluster.facts import Use, gather, versions
 from cluster.progress import console
+from cluster.resources import SessionOptions
 from cluster.runner import run_ray
-from cluster.session import SessionOptions, ray_session
+from cluster.session import ray_session
 from pipeline import rundir
 from pipeline.config import Config
 from pipeline.context import Run

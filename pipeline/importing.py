@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from cluster import storage
 from cluster.progress import StageProgress, console
-from cluster.session import SessionOptions, ray_session
+from cluster.resources import SessionOptions
+from cluster.session import ray_session
 from stages.importing.detect import open_source
 from stages.importing.run import ImportReport, import_dataset
 

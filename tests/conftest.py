@@ -117,7 +117,8 @@ def fault_proxy(s3_store, monkeypatch) -> Iterator[Callable[..., FaultProxy]]:
 @pytest.fixture(scope="session")
 def ray_local(s3_server: str) -> Iterator[None]:
     """A private two-CPU Ray session; its workers inherit the environment that names the S3 server."""
-    from cluster.session import SessionOptions, ray_session
+    from cluster.resources import SessionOptions
+    from cluster.session import ray_session
 
     with ray_session(SessionOptions(num_cpus=2, object_store_mb=200, no_progress_timeout_s=120)):
         yield

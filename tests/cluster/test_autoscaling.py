@@ -31,7 +31,8 @@ from cluster.capacity import read_capacity
 from cluster.errors import PrismError
 from cluster.resources import ActorResources, TrainResources
 from cluster.runner import ActorStage, fit_pools, run_ray
-from cluster.session import SessionOptions, ray_session
+from cluster.resources import SessionOptions
+from cluster.session import ray_session
 from cluster.training import settle
 
 folder = Path(sys.argv[2])

@@ -9,7 +9,8 @@ import pytest
 import ray
 from ray._private.utils import check_version_info
 
-from cluster.session import SessionOptions, _auth_mode, _unreachable, configure_data
+from cluster.resources import SessionOptions
+from cluster.session import _auth_mode, _unreachable, configure_data
 
 TOKENS = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 

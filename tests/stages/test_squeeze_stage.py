@@ -392,7 +392,8 @@ def test_divergence_keeps_what_is_finished(case, tmp_path):
 DRIVER = """
 import json, sys
 from cluster.resources import TrainResources
-from cluster.session import SessionOptions, ray_session
+from cluster.resources import SessionOptions
+from cluster.session import ray_session
 from stages.data import DataSpec
 from stages.squeeze.options import SqueezeOptions
 from stages.squeeze.stage import squeeze_teachers
