@@ -142,6 +142,5 @@ class Ledger:
         if len(names) > MAX_SEGMENTS:
             self._write(records)
             self._number = self._following()
-            for name in names:
-                storage.remove(storage.join(self._records_uri, name))
+            storage.remove_files(self._records_uri, names)
         return records

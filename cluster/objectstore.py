@@ -13,11 +13,14 @@ import hashlib
 import logging
 import os
 import re
+from datetime import UTC, datetime
 from typing import Any
 
 import botocore.exceptions as boto
 import botocore.session
+import botocore.utils
 import tenacity
+from aiobotocore.session import AioSession
 from aiohttp import ClientPayloadError
 from botocore.parsers import ResponseParserError
 from fsspec.asyn import FSTimeoutError, sync_wrapper
@@ -94,7 +97,7 @@ class ObjectStore(S3FileSystem):  # type: ignore[misc]
 
     def __init__(self, **options: Any):
         # Others write to the same folders, so a listing is old as soon as it is made.
-        super().__init__(**{"use_listings_cache": False, **options})
+        super().__init__(**{"use_listings_cache": False, "session": _session(), **options})
         self._answered = False
 
     def _prepare_config_kwargs(self) -> dict[str, Any]:
@@ -186,6 +189,22 @@ class ObjectStore(S3FileSystem):  # type: ignore[misc]
 
     # A file or a folder, in two requests; ``rm`` asks up to five times what it is.
     remove = sync_wrapper(_remove)
+
+
+def _session() -> AioSession:
+    """Of this process, with a reader of times that is made for listings: botocore's takes half of what these cost."""
+    session = AioSession()
+    session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=_time)
+    return session
+
+
+def _time(text: Any) -> datetime:
+    """A time as stores write it in listings, or in one of the formats of headers."""
+    try:
+        found = datetime.fromisoformat(text)
+    except (TypeError, ValueError):
+        return botocore.utils.parse_timestamp(text)
+    return found if found.tzinfo else found.replace(tzinfo=UTC)
 
 
 def endpoint() -> str | None:

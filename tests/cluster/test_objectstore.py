@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 
 import boto3
 import pyarrow as pa
@@ -419,3 +420,11 @@ def test_credentials_in_an_address_are_refused_and_not_repeated(uri, shown):
 def test_harmless_addresses(monkeypatch):
     for uri in ("s3://bucket/who@where/x", "s3://arn:aws:s3:eu-west-1:123456789012:accesspoint/mine/key"):
         assert storage.absolute(uri) == uri
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["2026-01-02T03:04:05.000Z", "2026-01-02T03:04:05+00:00", "2026-01-02T03:04:05", "Fri, 02 Jan 2026 03:04:05 GMT"],
+)
+def test_times_of_listings_and_headers_read_alike(text: str) -> None:
+    assert objectstore._time(text) == datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
