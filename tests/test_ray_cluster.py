@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
+from mock_ec2 import ROOT, ray_up
 
-ROOT = Path(__file__).resolve().parents[1]
 PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
 
 
@@ -47,9 +47,9 @@ def test_valid_by_rays_schema(cluster):
     [
         ((), "max_wrkers", 3, "max_wrkers"),
         ((), "head_node_type", "haed", "head_node_type"),
-        (("available_node_types", "gpu1_spot"), "prority", 1, "prority"),
-        (("available_node_types", "gpu1_spot", "resources"), "GPU", 0.5, "0.5 is not of type 'integer'"),
-        (("available_node_types", "gpu4_spot"), "max_workers", "four", "'four' is not of type 'integer'"),
+        (("available_node_types", "gpu1"), "prority", 1, "prority"),
+        (("available_node_types", "gpu1", "resources"), "GPU", 0.5, "0.5 is not of type 'integer'"),
+        (("available_node_types", "gpu4"), "max_workers", "four", "'four' is not of type 'integer'"),
     ],
 )
 def test_ray_refuses_what_is_not_in_the_schema(cluster, place, key, value, said):
@@ -68,22 +68,19 @@ def test_head_runs_no_work_and_is_bought_on_demand(cluster):
 
 
 def test_spot_workers_of_two_sizes_start_at_zero(cluster):
-    assert all(w["min_workers"] == 0 for w in workers(cluster).values())
-    sizes = {w["resources"]["GPU"] for w in workers(cluster).values() if is_spot(w)}
-    assert sizes == {1, 4}
+    assert all(is_spot(w) and w["min_workers"] == 0 for w in workers(cluster).values())
+    assert {w["resources"]["GPU"] for w in workers(cluster).values()} == {1, 4}
     assert cluster["max_workers"] == sum(w["max_workers"] for w in workers(cluster).values())
     assert not any("MaxPrice" in str(w) for w in workers(cluster).values())
+    assert all(0 < w["node_config"]["OnDemandFallback"] < w["max_workers"] for w in workers(cluster).values())
 
 
-def test_on_demand_type_differs_from_a_spot_type_in_price_alone(cluster):
-    """Autoscaler v2 reads the priority only between types that score alike."""
-    (fallback,) = [w for w in workers(cluster).values() if not is_spot(w)]
-    twins = [w for w in workers(cluster).values() if is_spot(w) and w["resources"] == fallback["resources"]]
-    assert twins
-    for twin in twins:
-        assert fallback["priority"] < twin["priority"]
-        bought = {k: v for k, v in twin["node_config"].items() if k != "InstanceMarketOptions"}
-        assert bought == fallback["node_config"]
+def test_the_provider_of_this_package_loses_none_of_rays_defaults(cluster):
+    """Those of Docker apart, which is not used, and with which Ray warns of every file that is mounted."""
+    provider = {k: v for k, v in cluster["provider"].items() if k != "module"}
+    own = validate({**cluster, "provider": {**provider, "type": "aws"}})
+    assert own.pop("docker") == {}
+    assert validate(cluster) == {**own, "provider": cluster["provider"]}
 
 
 def test_spot_is_looked_for_in_several_zones_of_the_region(cluster):
@@ -126,75 +123,17 @@ def test_the_nodes_install_what_they_are_sent(cluster):
     assert {"boto3", "prometheus-client", "aiohttp-cors", "opencensus"} <= pinned
 
 
-class Recorded:
-    """Stands for ``subprocess``: keeps the SSH and rsync commands that the launcher would run."""
-
-    def __init__(self) -> None:
-        self.commands: list[str] = []
-        self.head_config: dict[str, Any] = {}
-
-    def _run(self, command: list[str], *args: Any, **kwargs: Any) -> bytes:
-        self.commands.append(" ".join(command))
-        if command[0] == "rsync" and command[-1].endswith("ray_bootstrap_config.yaml"):
-            self.head_config = json.loads(Path(command[-2]).read_text())
-        return b""
-
-    check_call = check_output = call = _run
-
-
 @pytest.fixture
-def launched(cluster, tmp_path, monkeypatch):
-    """``ray up`` with the repository's file: machines on a mock EC2, commands recorded; then a worker of each type."""
-    moto = pytest.importorskip("moto")
-    import boto3
-    from ray.autoscaler._private import commands, updater
-    from ray.autoscaler._private.aws import config as aws
-    from ray.autoscaler._private.aws import node_provider
-    from ray.autoscaler._private.aws.utils import resource_cache
-
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "mock")
-    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL"):
-        monkeypatch.delenv(name, raising=False)
-    for module in (commands, updater):
-        monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
-    (tmp_path / ".ray").mkdir()
-    (tmp_path / ".ray" / "auth_token").write_text("sesame")
-    resource_cache.cache_clear()
-    with moto.mock_aws():
-        iam = boto3.client("iam", region_name=cluster["provider"]["region"])
-        for name in ("prism-head", "prism-worker"):
-            iam.create_instance_profile(InstanceProfileName=name)
-        # Of the mock's thousand instance types, those of the file: listing all takes seconds.
-        asked = [t["node_config"]["InstanceType"] for t in cluster["available_node_types"].values()]
-        ec2 = boto3.client("ec2", region_name=cluster["provider"]["region"])
-        known = ec2.describe_instance_types(InstanceTypes=sorted(set(asked)))["InstanceTypes"]
-        monkeypatch.setattr(node_provider, "list_ec2_instances", lambda region, credentials: known)
-        config = aws.bootstrap_aws(
-            node_provider.AWSNodeProvider.fillout_available_node_types_resources(validate(cluster))
-        )
-        provider = node_provider.AWSNodeProvider(config["provider"], config["cluster_name"])
-        recorded = Recorded()
-        commands.get_or_create_head_node(
-            config, "ray_cluster.yaml", False, False, True, None, _provider=provider, _runner=recorded
-        )
-        for name, node_type in workers(config).items():
-            provider.create_node(node_type["node_config"], {"ray-user-node-type": name}, 1)
-        machines = {
-            tag["Value"]: machine
-            for reservation in ec2.describe_instances()["Reservations"]
-            for machine in reservation["Instances"]
-            for tag in machine["Tags"]
-            if tag["Key"] == "ray-user-node-type"
-        }
-        yield recorded, machines, ec2
-    resource_cache.cache_clear()
+def head(tmp_path, monkeypatch):
+    with ray_up(tmp_path, monkeypatch) as head:
+        yield head
 
 
-def test_ray_up_starts_these_machines(launched, cluster):
-    recorded, machines, ec2 = launched
+def test_ray_up_starts_these_machines(head, cluster):
+    """And the head's autoscaler one of each type, from the file that it was sent."""
+    assert head.launch(**dict.fromkeys(workers(cluster), 1)) == []
+    recorded, ec2 = head.recorded, head.ec2
+    machines = {machine["Tags"]["ray-user-node-type"]: machine for machine in head.machines()}
     assert set(machines) == set(cluster["available_node_types"])
     for name, machine in machines.items():
         asked = cluster["available_node_types"][name]
@@ -224,8 +163,7 @@ def test_ray_up_starts_these_machines(launched, cluster):
     # What the head uses for the workers: the token and the package from its own disk.
     assert recorded.head_config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
     assert recorded.head_config["file_mounts"]["~/prism/cluster"] == "~/prism/cluster"
-    shapes = {n: t["resources"] for n, t in workers(recorded.head_config).items()}
-    assert shapes["gpu1_on_demand"] == shapes["gpu1_spot"], "with the memory that the launcher looks up"
+    assert all(w["resources"]["memory"] > 2**30 for w in workers(recorded.head_config).values()), "looked up"
 
 
 def test_ray_up_without_a_token_starts_nothing(cluster, tmp_path, monkeypatch):
@@ -240,16 +178,16 @@ def test_ray_up_without_a_token_starts_nothing(cluster, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("waiting", "started"),
     [
-        (1, {"gpu1_spot": 1}),
-        (2, {"gpu1_spot": 2}),
-        (4, {"gpu4_spot": 1}),
-        (5, {"gpu4_spot": 1, "gpu1_spot": 1}),
-        (24, {"gpu4_spot": 4, "gpu1_spot": 8}),
-        (100, {"gpu4_spot": 4, "gpu1_spot": 8, "gpu1_on_demand": 2}),
+        (1, {"gpu1": 1}),
+        (2, {"gpu1": 2}),
+        (4, {"gpu4": 1}),
+        (5, {"gpu4": 1, "gpu1": 1}),
+        (24, {"gpu4": 4, "gpu1": 8}),
+        (100, {"gpu4": 4, "gpu1": 8}),
     ],
 )
 def test_what_the_autoscaler_starts_for_waiting_actors(cluster, waiting, started):
-    """As the guide says: the large type while it is filled, then the small one, on demand when spot has its maximum."""
+    """As the guide says: the large type while it is filled, then the small one."""
     from ray.autoscaler.v2.instance_manager.config import NodeTypeConfig
     from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
     from ray.autoscaler.v2.utils import ResourceRequestUtil
@@ -260,7 +198,6 @@ def test_what_the_autoscaler_starts_for_waiting_actors(cluster, waiting, started
             min_worker_nodes=w["min_workers"],
             max_worker_nodes=w["max_workers"],
             resources=w["resources"],
-            priority=w["priority"],
         )
         for name, w in workers(cluster).items()
     }
@@ -327,17 +264,6 @@ def test_worker_machines_are_watched_and_can_end_themselves(cluster):
         assert node_type["node_config"]["InstanceInitiatedShutdownBehavior"] == "terminate"
 
 
-def test_refused_spot_launches_do_not_bring_on_demand_machines():
-    """What the guide says of Ray 2.60: EC2 refuses at once, and only launches that time out make a type less wanted."""
-    from ray.autoscaler.v2.instance_manager.subscribers.cloud_resource_monitor import CloudResourceMonitor
-    from ray.core.generated.instance_manager_pb2 import Instance, InstanceUpdateEvent
-
-    monitor = CloudResourceMonitor()
-    for status, less_wanted in ((Instance.ALLOCATION_FAILED, set()), (Instance.ALLOCATION_TIMEOUT, {"gpu1_spot"})):
-        monitor.notify([InstanceUpdateEvent(new_instance_status=status, instance_type="gpu1_spot")])
-        assert set(monitor.get_recoverable_resource_availabilities()) == less_wanted
-
-
 def test_the_guide_grants_what_the_file_needs(cluster):
     """Policies of the guide are JSON, and name the roles, the tag and the image's parameter of the file."""
     text = (ROOT / "docs" / "cluster.md").read_text()
@@ -362,8 +288,9 @@ def test_the_guide_grants_what_the_file_needs(cluster):
         assert node_type["node_config"]["ImageId"].startswith(f"resolve:ssm:{prefix}")
     assert all("BUCKET" in s["Resource"] for s in policies["bucket"])
     # The quotas that the guide asks for.
-    cpus = {True: 0, False: 0}
+    spot, on_demand = 0, 0
     for node_type in workers(cluster).values():
-        cpus[is_spot(node_type)] += node_type["max_workers"] * node_type["resources"]["CPU"]
-    assert f"= {cpus[True]} |" in text
-    assert f"| {cpus[False]} |" in text
+        spot += node_type["max_workers"] * node_type["resources"]["CPU"]
+        on_demand += node_type["node_config"]["OnDemandFallback"] * node_type["resources"]["CPU"]
+    for quota, cpus in (("All G and VT Spot", spot), ("Running On-Demand G and VT", on_demand)):
+        assert re.search(rf"^\| {quota} .* = {cpus} \|$", text, re.MULTILINE), quota
