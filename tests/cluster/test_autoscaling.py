@@ -113,7 +113,8 @@ try:
         finally:
             stop.set()
             sampler.join()
-        found["samples"] = samples
+        # The last one may be of a moment before.
+        found["samples"] = [*samples, nodes()[0]]
     print(json.dumps(found))
 except PrismError as error:
     print(json.dumps({"error": str(error)}))
