@@ -91,6 +91,8 @@ def test_the_demo_through_a_store_that_fails_now_and_then(s3_store, fault_proxy,
     small = [
         *("recover.ipc=2", "recover.iterations=20", "squeeze.epochs=1", "relabel.epochs=2"),
         *("evaluate.seeds=[0]", "evaluate.protocol.val_every=2", "resources.session.num_cpus=2"),
+        # With and without Ray, which would choose differently.
+        *("resources.squeeze.threads=1", "resources.evaluate.threads=1"),
     ]
     address = os.environ["AWS_ENDPOINT_URL"]
     demo = yaml.safe_load((ROOT / "examples" / "demo.yaml").read_text())
