@@ -1,0 +1,1 @@
+"""``prism search``: teacher pools, weights and any other field, found by measuring."""
