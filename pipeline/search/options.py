@@ -15,8 +15,8 @@ class Dimension(Frozen):
     """Values that one field of the configuration may take; exactly one of the five kinds.
 
     Attributes:
-        subset: for a list of teachers: any non-empty subset of these. ``all`` = all teachers, in ``recover.bn_teachers``
-            those with BatchNorm.
+        subset: for a list of teachers: any non-empty subset of these. ``all`` = all teachers, in
+            ``recover.bn_teachers`` those with BatchNorm.
         choice: one of these; for a list of teachers, one teacher.
         log, uniform: a number between two bounds, log-uniform or uniform.
         integer: a whole number between two bounds, both included.
@@ -71,7 +71,8 @@ class SearchOptions(Frozen):
             worse than most at a rung is not measured at the next.
         reduction_factor: one in so many goes on from a rung to the next.
         sampler: ``tpe`` = Optuna's, with NSGA-II for two objectives; ``random``.
-        objectives: ``top1_last`` alone, or with ``gpu_seconds`` (planned), where trials are measured at the last rung only.
+        objectives: ``top1_last`` alone, or with ``gpu_seconds`` (planned); then trials are measured at the last rung
+            only.
         seeds: of the students of a trial.
         split: of the training data.
         parallel: jobs at a time on the virtual clock that orders results. None: as many as the cluster holds when the
