@@ -41,6 +41,11 @@ class Run:
         """The run directory."""
         return self.config.out
 
+    @property
+    def teachers_uri(self) -> str:
+        """Folder of the finished teachers."""
+        return storage.join(self.out, "teachers")
+
     @cached_property
     def units(self) -> list[RecoverUnit]:
         """The plan."""
@@ -88,7 +93,7 @@ class Run:
         Raises:
             UserError: there is none.
         """
-        found = read_card(storage.join(self.out, "teachers", name))
+        found = read_card(storage.join(self.teachers_uri, name))
         if found is None:
             raise UserError(
                 f"out: {self.out} lacks teacher {name}; run `prism squeeze` with the same configuration first"
@@ -101,7 +106,7 @@ class Run:
         return {
             name: spec.model_copy(
                 update={
-                    "weights": storage.join(self.out, "teachers", name, "model.safetensors"),
+                    "weights": storage.join(self.teachers_uri, name, "model.safetensors"),
                     "key_map": type(spec.key_map)(),
                 }
             )

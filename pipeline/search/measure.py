@@ -1,0 +1,179 @@
+"""One job of a search: distil, label and train a student at one point and rung, in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from cluster import storage
+from cluster.ledger import content_key
+from cluster.progress import console
+from cluster.resources import ActorResources, TrainResources
+from cluster.runner import run_serial
+from pipeline import steps
+from pipeline.config import Config, ResourcesConfig
+from pipeline.context import Run
+from pipeline.preflight import Ready, check_data
+from pipeline.search.trial import Measured
+from pipeline.work import recover_work
+from stages.evaluate.validate import read_results
+from stages.recover import stage as recovery
+from stages.recover.unit import RecoverUnit
+
+# What only decides which units there are: two pools whose draw for an index is the same share that unit.
+PLANNING = {
+    "ipc", "chunk", "iterations", "stagger", "logit_teachers", "bn_teachers", "include_prob", "max_bn_teachers",
+    "selection", "checkpoint_every",
+}  # fmt: skip
+# Of selections that draw at every step, what they draw by.
+DRAWING = {"selection", "include_prob", "max_bn_teachers"}
+PREPARED = "base"
+
+
+def lighten(config: Config, threads: int, seeds: list[int]) -> Config:
+    """A configuration as a job runs it: nothing but its own students, on the threads that it has.
+
+    Args:
+        config: at a point and a rung.
+        threads: of torch.
+        seeds: of the students.
+    """
+    actors, trainers = ActorResources(threads=threads), TrainResources(threads=threads)
+    resources = ResourcesConfig(recover=actors, relabel=actors, evaluate=trainers, validate=actors)
+    protocol = config.evaluate.protocol.model_copy(update={"val_every": config.relabel.epochs})
+    evaluate = config.evaluate.model_copy(update={"seeds": seeds, "baselines": [], "protocol": protocol})
+    return config.model_copy(update={"resources": resources, "evaluate": evaluate, "search": None})
+
+
+@dataclass(frozen=True)
+class JobRun(Run):
+    """A run that takes its teachers, and units of recovery that others made, from the search's folder.
+
+    Attributes:
+        root: of the search.
+    """
+
+    root: str = ""
+
+    @property
+    def teachers_uri(self) -> str:
+        """Trained once for the search."""
+        return storage.join(self.root, PREPARED, "teachers")
+
+    @cached_property
+    def image_identity(self) -> str:
+        """Hash of all that a unit's pixels depend on beside the unit itself."""
+        recover = self.config.recover
+        at_steps = recover.selection in ("per_step", "round_robin")
+        content = {
+            "recover": recover.model_dump(mode="json", exclude=PLANNING),
+            "draw": recover.model_dump(mode="json", include=DRAWING) if at_steps else None,
+            "data": [self.ready.train.fingerprint, self.config.data.model_dump(mode="json", exclude={"train", "val"})],
+            "teachers": {
+                name: [spec.model_dump(mode="json", exclude={"weights"}), self.card(name).sha256]
+                for name, spec in self.config.teachers.items()
+            },
+            "threads": self.config.resources.recover.threads,
+        }
+        return content_key(content)
+
+    @cached_property
+    def key(self) -> str:
+        """Hash of all that the result depends on."""
+        config = self.config.model_dump(mode="json", by_alias=True, exclude={"name", "out", "provenance", "data"})
+        return content_key(config, self.image_identity, self.ready.val.fingerprint)
+
+
+def measure(root: str, config: Config, job: str) -> Measured:
+    """Measure a configuration of ``lighten``; what was measured before is not done again.
+
+    Args:
+        root: folder of the search, which holds the prepared teachers.
+        config: of the job; its data are those of the search.
+        job: names the job's own folder, in which it goes on when it was interrupted.
+
+    Raises:
+        PrismError: see the stages.
+    """
+    with _quiet():
+        train, val, data = check_data(config)
+        out = storage.join(root, "jobs", job)
+        run = JobRun(config.model_copy(update={"out": out}), Ready(train, val, data, {}, {}), run_serial, True, root)
+        where = storage.join(root, "measured", f"{run.key}.json")
+        if storage.exists(where):
+            return Measured(**storage.read_json(where))
+        start = time.monotonic()
+        shared = _fetch(run)
+        steps.recover(run)
+        _publish(run)
+        steps.relabel(run)
+        steps.evaluate(run)
+        top1 = [result["top1_last"] for result in read_results(run.out, steps.jobs_of(run))]
+        found = Measured(
+            top1=sum(top1) / len(top1),
+            top1_seeds=top1,
+            gpu_seconds=0.0,
+            seconds=round(time.monotonic() - start, 2),
+            units=len(run.units),
+            units_shared=shared,
+        )
+        storage.write_json(where, found.model_dump(mode="json"))
+        storage.remove(out)
+        return found
+
+
+def _fetch(run: JobRun) -> int:
+    """Copy units that were made for others into the job's folder; returns how many of its units those are."""
+    there = storage.list_files(_store(run), ".parquet")
+    shared = 0
+    for unit in recover_work(run).pending():
+        names = _names(run, unit)
+        if all(name in there for name in names.values()):
+            for folder, name in names.items():
+                content = storage.read_bytes(storage.join(_store(run), name))
+                storage.write_bytes(storage.join(folder, f"{unit.id}.parquet"), content)
+            shared += 1
+    return shared
+
+
+def _publish(run: JobRun) -> None:
+    """Leave the job's units to others."""
+    there = storage.list_files(_store(run), ".parquet")
+    for unit in run.units:
+        for folder, name in _names(run, unit).items():
+            if name not in there:
+                content = storage.read_bytes(storage.join(folder, f"{unit.id}.parquet"))
+                storage.write_bytes(storage.join(_store(run), name), content)
+
+
+def _store(run: JobRun) -> str:
+    return storage.join(run.root, "units")
+
+
+def _names(run: JobRun, unit: RecoverUnit) -> dict[str, str]:
+    """Folder of the job → name of the unit's shard in the store."""
+    key = recovery.unit_key(unit, run.image_identity)
+    folders = recovery.folders(run.out, run.config.recover)
+    return {folder: f"{key}-{folder.rpartition('/')[2]}.parquet" for folder in folders}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Jobs run beside each other: what each would show of its stages means nothing to anybody."""
+    before, console.quiet = console.quiet, True
+    try:
+        yield
+    finally:
+        console.quiet = before
+
+
+def reason_of(error: BaseException) -> dict[str, Any]:
+    """What Tune is told of a job that failed."""
+    from cluster.errors import PrismError, redact
+
+    words = str(error) if isinstance(error, PrismError) else f"{type(error).__name__}: {error}"
+    return {"top1": float("nan"), "reason": redact(" ".join(words.split()))[:500]}
