@@ -102,6 +102,14 @@ def evaluate(words: Words, dry_run: DryRun = False, serial: Serial = False, addr
 
 
 @app.command()
+def search(words: Words, dry_run: DryRun = False, address: Address = None) -> None:
+    """Search teacher pools, weights and other fields; writes the best configuration as a runnable file."""
+    from pipeline.search.run import search as find
+
+    find(_load(words, address), dry_run=dry_run)
+
+
+@app.command()
 def plan(words: Words) -> None:
     """Show the work plan and its cost; needs no data and no GPU where data.num_classes is given."""
     from pipeline.describe import print_plan

@@ -60,7 +60,7 @@ def check_owner(config: Config, fingerprints: dict[str, str]) -> None:
             )
         return
     found = read_run(config.out)
-    changed = _differences(found.identity(), config.identity())
+    changed = differences(found.identity(), config.identity())
     known = found.provenance.get("data_fingerprints", {})
     for split, fingerprint in fingerprints.items():
         if known.get(split, fingerprint) != fingerprint:
@@ -79,11 +79,12 @@ def claim(config: Config, fingerprints: dict[str, str]) -> None:
     storage.write_bytes(storage.join(config.out, RUN_FILE), text.encode())
 
 
-def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Paths at which two nested mappings differ, with both values where these are short."""
     if isinstance(old, dict) and isinstance(new, dict):
         out = []
         for key in sorted(old.keys() | new.keys()):
-            out += _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+            out += differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
         return out
     return [] if old == new else [f"{path} (there: {old}, here: {new})" if len(f"{old}{new}") < 60 else path]
 

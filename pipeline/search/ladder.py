@@ -92,6 +92,8 @@ class Ladder(Searcher):
         result = result or {"reason": LOST}
         if result.get("reason"):
             self._arrived[job] = str(result["reason"])
+        elif not math.isfinite(result["top1"]):
+            self._arrived[job] = f"its accuracy is {result['top1']}"
         else:
             values = {name: result[name] for name in Measured.model_fields if name in result}
             _, planned = self._duration(self.trials[number].point, rung)
@@ -138,8 +140,6 @@ class Ladder(Searcher):
     def _count(self, number: int, rung: int, found: Measured | str) -> None:
         """A job's turn has come."""
         trial = self.trials[number]
-        if isinstance(found, Measured) and not math.isfinite(found.top1):
-            found = f"its accuracy is {found.top1}"
         if isinstance(found, str):
             self._end(trial.model_copy(update={"state": "failed", "reason": found}))
             return
