@@ -117,7 +117,9 @@ def test_every_trial_is_told_once_when_it_has_ended() -> None:
 
 def test_planned_cost_is_that_of_the_distillation() -> None:
     for trial in REFERENCE:
-        assert [rung.gpu_seconds for rung in trial.rungs] == [planned(trial.point, r)[1] for r in range(len(trial.rungs))]
+        assert [rung.gpu_seconds for rung in trial.rungs] == [
+            planned(trial.point, r)[1] for r in range(len(trial.rungs))
+        ]
 
 
 @pytest.mark.parametrize(
