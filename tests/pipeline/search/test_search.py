@@ -1,0 +1,153 @@
+"""``prism search`` as a user calls it, on tiny data: what it writes, goes on from, and refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from cluster import storage
+from pipeline.search.table import read_trials
+
+SEARCH: dict[str, Any] = {
+    "trials": 4,
+    "space": {"recover.r_bn": {"log": [0.1, 100]}, "recover.bn_teachers": {"subset": "all"}},
+    "rungs": [{"recover.iterations": 2}, {}],
+    "reduction_factor": 2,
+    "split": {"per_class": 6},
+    "parallel": 2,
+    "cpus": 0.5,
+    "final_seeds": [0, 1],
+}
+# What depends on the machine, or on who came first.
+PASSING = ("seconds", "units_shared")
+
+
+def table(out: Path) -> list[dict[str, Any]]:
+    """The trials, without what may differ from one start to the next."""
+    rows = [trial.model_dump() for trial in read_trials(str(out / "search" / "trials.parquet"))]
+    for row in rows:
+        row["rungs"] = [{k: v for k, v in rung.items() if k not in PASSING} for rung in row["rungs"]]
+    return rows
+
+
+def measured(out: Path) -> dict[str, int]:
+    return {p.name: p.stat().st_mtime_ns for p in (out / "search" / "measured").iterdir()}
+
+
+@pytest.mark.ray
+def test_a_search_ends_with_a_configuration_that_gives_the_winners_figures(
+    ray_local, prism, tiny_config, tmp_path
+) -> None:
+    out = tmp_path / "out"
+    config = tiny_config(out=str(out), search=SEARCH, evaluate={"baselines": []})
+    code, text, err = prism("search", config)
+    assert code == 0, err
+    assert "best.yaml" in text
+    assert "report.html" in text
+
+    rows = table(out)
+    assert [row["number"] for row in rows] == [0, 1, 2, 3]
+    assert rows[0]["point"] == {"recover.r_bn": 10.0, "recover.bn_teachers": ["res", "conv"]}
+    assert all(row["point"]["recover.bn_teachers"] for row in rows)
+    assert {row["state"] for row in rows} <= {"finished", "stopped"}
+    assert pq.read_table(out / "search" / "trials.parquet").num_rows == 4
+
+    best = out / "search" / "best.yaml"
+    settings = yaml.safe_load(best.read_text())
+    final = json.loads((out / "search" / "final.json").read_text())
+    winner = rows[final["winner"]["number"]]
+    assert winner["state"] == "finished"
+    assert winner["rungs"][-1]["top1"] == max(r["rungs"][-1]["top1"] for r in rows if r["state"] == "finished")
+    assert {f"recover.{name}": settings["recover"][name] for name in ("r_bn", "bn_teachers")} == winner["point"]
+    # The trials did not see the test data, the full runs did.
+    assert settings["data"]["val"] == yaml.safe_load(config.read_text())["data"]["val"]
+    again = tmp_path / "again"
+    code, _, err = prism("run", best, f"out={again}", "--serial")
+    assert code == 0, err
+    results = storage.read_json(str(again / "summary.json"))["results"]
+    assert [r["top1_last"] for r in results] == final["winner"]["top1"]["res"]
+    assert len(final["default"]["top1"]["res"]) == 2
+
+    # The same command finds everything done.
+    before = measured(out)
+    code, _, err = prism("search", config)
+    assert code == 0, err
+    assert measured(out) == before
+    assert table(out) == rows
+
+    code, _, err = prism("search", config, "search.space.recover.r_bn={log: [1, 100]}")
+    assert code == 2
+    assert "holds another search" in err
+
+
+def test_a_search_needs_its_section(prism, tiny_config) -> None:
+    code, _, err = prism("search", tiny_config())
+    assert code == 2
+    assert "error: search: the configuration has no such section; add one" in err
+
+
+def test_dry_run_shows_the_space_and_the_rungs(prism, tiny_config, tmp_path) -> None:
+    code, text, err = prism("search", tiny_config(out=str(tmp_path / "out"), search=SEARCH), "--dry-run")
+    assert code == 0, err
+    assert "recover.r_bn: log" in text
+    assert "rung 2: as configured" in text
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("search.split.per_class=23", "search.split.per_class"),
+        ("search.cpus=64", "search: a job asks for 64 CPUs"),
+    ],
+)
+@pytest.mark.ray
+def test_what_can_never_be_is_said_before_any_work(ray_local, prism, tiny_config, tmp_path, change, words) -> None:
+    out = tmp_path / "out"
+    code, _, err = prism("search", tiny_config(out=str(out), search=SEARCH), change)
+    assert code == 2
+    assert words in err
+    assert not (out / "search" / "measured").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_sigkill_in_the_middle_then_the_same_command(tiny_config, tmp_path) -> None:
+    """What was measured is kept, the table is that of an undisturbed search."""
+
+    def command(out: Path) -> list[str]:
+        config = tiny_config(search={**SEARCH, "trials": 8}, evaluate={"baselines": []})
+        return [sys.executable, "-m", "pipeline", "search", str(config), f"out={out}"]
+
+    whole = tmp_path / "whole"
+    subprocess.run(command(whole), check=True, timeout=900)
+
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(command(killed), start_new_session=True)
+    end = time.monotonic() + 600
+    while time.monotonic() < end:
+        if (killed / "search" / "measured").is_dir() and len(measured(killed)) >= 4:
+            break
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    # Its workers end once they miss it.
+    time.sleep(5)
+    kept = measured(killed)
+    assert 4 <= len(kept) < len(measured(whole))
+    subprocess.run(command(killed), check=True, timeout=900)
+    after = measured(killed)
+    assert {name: after[name] for name in kept} == kept
+    assert table(killed) == table(whole)
+    assert (killed / "search" / "final.json").exists()
