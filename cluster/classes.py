@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from cluster.rng import generator
+
 
 class ClassIndex:
     """Images of every class, in the data's order.
@@ -40,3 +42,15 @@ class ClassIndex:
         row = int(self._by_class[self._start[label] + index])
         shard = int(np.searchsorted(self._first_row, row, side="right")) - 1
         return shard, row - int(self._first_row[shard])
+
+    def draw(self, label: int, number: int, seed: int, purpose: str) -> list[tuple[int, int]]:
+        """(shard, row) of ``number`` different images of a class, in drawn order.
+
+        A function of (seed, purpose, label) and the images of the class in the data's order, however that is cut into
+        shards.
+
+        Raises:
+            ValueError: the class has fewer images.
+        """
+        picks = generator(seed, purpose, label).choice(self.count(label), number, replace=False)
+        return [self.locate(label, int(index)) for index in picks]

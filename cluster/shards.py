@@ -45,6 +45,8 @@ READERS = 16
 # One request of an object store while a shard is read from end to end.
 READ_BYTES = 32 * 2**20
 DECODE_BYTES = 8 * 2**20
+# Readers of single images fetch a whole row group; a shard of small images is one of them.
+ROW_GROUP_BYTES = 16 * 2**20
 
 
 def _hf_feature(field: pa.Field, class_names: list[str]) -> dict[str, Any]:
@@ -83,6 +85,11 @@ def table_bytes(table: pa.Table, **parquet_options: Any) -> bytes:
     return sink.getvalue()
 
 
+def image_shard_bytes(table: pa.Table) -> bytes:
+    """Real images as Parquet file bytes, in row groups of about ``ROW_GROUP_BYTES``."""
+    return table_bytes(table, row_group_size=max(1, ROW_GROUP_BYTES * len(table) // max(1, table.nbytes)))
+
+
 def write_shard(uri: str, table: pa.Table, **parquet_options: Any) -> int:
     """Commit a table as one shard, atomically. Returns the file's size in bytes."""
     data = table_bytes(table, **parquet_options)
@@ -103,6 +110,37 @@ def read_shard(uri: str, columns: list[str] | None = None, name: str | None = No
     """
     with _open_shard(uri, name or uri) as file:
         return pq.read_table(file, columns=columns, page_checksum_verification=True)
+
+
+def row_group_ends(file: pq.ParquetFile) -> NDArray[np.int64]:
+    """For every row group the first row behind it."""
+    sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    return np.cumsum(sizes, dtype=np.int64)
+
+
+def read_rows(uri: str, rows: NDArray[Any]) -> pa.Table:
+    """Some images of a shard with their labels, in little more memory than these and a row group take.
+
+    Args:
+        uri: of the shard.
+        rows: integers, ascending; only the row groups that hold them are read.
+
+    Raises:
+        UserError: see ``read_shard``; or the shard has fewer rows.
+    """
+    columns = [field.name for field in IMAGE_FIELDS]
+    with _open_shard(uri, uri) as stream:
+        # Arrow asks for the columns of a row group in one piece.
+        file = pq.ParquetFile(stream, pre_buffer=True, page_checksum_verification=True)
+        starts = np.concatenate([[0], row_group_ends(file)])
+        if len(rows) and rows[-1] >= starts[-1]:
+            raise UserError(f"{uri}: has {starts[-1]} images, no image {rows[-1]}; import the data again")
+        groups = np.searchsorted(starts, rows, side="right") - 1
+        parts = [
+            file.read_row_group(int(group), columns=columns).take(rows[groups == group] - starts[group])
+            for group in np.unique(groups)
+        ]
+        return pa.concat_tables([file.schema_arrow.empty_table().select(columns), *parts])
 
 
 def read_array(uri: str, column: str) -> NDArray[Any]:
@@ -169,7 +207,7 @@ class Dataset:
         mean, std: per channel, of pixels scaled to [0, 1].
         shards: (file name, rows), in reading order.
         class_counts: images per class.
-        fingerprint: sha256 over the shards' names and content hashes.
+        fingerprint: hash of what is in the shards; of an import, over their names and content hashes.
     """
 
     uri: str

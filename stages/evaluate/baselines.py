@@ -16,7 +16,6 @@ from cluster.attempts import Attempts
 from cluster.classes import ClassIndex
 from cluster.errors import UserError
 from cluster.resources import ActorResources
-from cluster.rng import generator
 from cluster.runner import ActorStage, Row, Runner
 from stages.data import DataSpec
 from stages.images import encode_png
@@ -49,8 +48,7 @@ def choose_real(labels: Sequence[ArrayLike], num_classes: int, ipc: int, seed: i
         count = images.count(label)
         if count < ipc:
             raise UserError(f"data: class {label} has {count} images, fewer than ipc = {ipc}; lower ipc or add images")
-        picks = generator(seed, "random_real", label).choice(count, ipc, replace=False)
-        chosen.append([images.locate(label, int(i)) for i in picks])
+        chosen.append(images.draw(label, ipc, seed, "random_real"))
     return chosen
 
 

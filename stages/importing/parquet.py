@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from cluster import storage
 from cluster.errors import UserError
+from cluster.shards import row_group_ends
 from stages.importing.source import TRAIN_NAMES, VAL_NAMES, Reader, Source, Split, find_split, make_source
 
 IMAGE_COLUMNS = ("image", "img")
@@ -137,7 +138,7 @@ def _read_rows(uri: str, name: str, rows: list[tuple[int, int]], out: list[bytes
     with fs.open(path, "rb") as handle:
         file = pq.ParquetFile(handle)
         column = _image_column(file.schema_arrow)
-        ends = np.cumsum([file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)])
+        ends = row_group_ends(file)
         groups: dict[int, list[tuple[int, int]]] = defaultdict(list)
         for row, position in rows:
             groups[int(np.searchsorted(ends, row, side="right"))].append((row, position))

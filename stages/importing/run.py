@@ -169,9 +169,7 @@ def _earlier_report(source: Source, dst: str, digest: str) -> ImportReport | Non
     try:
         found: dict[str, Any] = storage.read_json(where)
     except (FileNotFoundError, NotADirectoryError):
-        for folder in ("", "train", "val"):
-            if storage.list_files(storage.join(dst, folder) if folder else dst):
-                raise UserError(f"DST: {dst} already holds files of something else; choose an empty folder") from None
+        check_unused(dst, "DST")
         return None
     except ValueError:
         raise UserError(f"DST: {where} is damaged; delete {dst} or choose another folder") from None
@@ -192,6 +190,17 @@ def _earlier_report(source: Source, dst: str, digest: str) -> ImportReport | Non
     return ImportReport(
         source.uri, dst, source.format, source.class_names, splits, source.ignored, 0.0, already_done=True
     )
+
+
+def check_unused(uri: str, field: str) -> None:
+    """There are no files where the datasets ``URI/train`` and ``URI/val`` will be made.
+
+    Raises:
+        UserError: there are; names ``field``.
+    """
+    for folder in (uri, storage.join(uri, "train"), storage.join(uri, "val")):
+        if storage.list_files(folder):
+            raise UserError(f"{field}: {uri} already holds files of something else; choose an empty folder")
 
 
 def _corrupt_error(source: Source, corrupt: list[tuple[str, str]]) -> UserError:

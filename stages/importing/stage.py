@@ -13,9 +13,6 @@ from stages.importing.core import ShardRecord, build_shard
 from stages.importing.detect import open_reader
 from stages.importing.source import Format, Source
 
-# Readers of single images fetch a whole row group; a shard of small images is one of them.
-ROW_GROUP_BYTES = 16 * 2**20
-
 
 class ImportStage:
     """Reads one shard's worth of images, verifies them and commits the shard.
@@ -48,9 +45,7 @@ class ImportStage:
                 self.class_names,
                 {"import": stamp},
             )
-            data = shards.table_bytes(
-                table, row_group_size=max(1, ROW_GROUP_BYTES * len(table) // max(1, table.nbytes))
-            )
+            data = shards.image_shard_bytes(table)
             storage.write_bytes(uri, data)
         return {
             "id": row["id"],

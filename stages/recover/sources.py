@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from cluster import storage
 from cluster.errors import RunError
-from cluster.shards import Dataset
+from cluster.shards import Dataset, row_group_ends
 from stages.data import DataSpec
 from stages.images import to_pixels
 
@@ -94,8 +93,7 @@ class SourceReader:
                 # Arrow asks for the row group in one piece; a cache would read on to the end of the shard.
                 with fs.open(path, "rb", cache_type="none") as stream:
                     file = pq.ParquetFile(stream, pre_buffer=True, page_checksum_verification=True)
-                    sizes = (file.metadata.row_group(g).num_rows for g in range(file.num_row_groups))
-                    self._ends[shard] = list(itertools.accumulate(sizes))
+                    self._ends[shard] = row_group_ends(file).tolist()
                     group = bisect.bisect_right(self._ends[shard], row)
                     self._groups[shard, group] = file.read_row_group(group, columns=["image", "label"])
             except (OSError, IndexError, pa.ArrowException) as error:

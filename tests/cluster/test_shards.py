@@ -126,6 +126,30 @@ def test_a_flipped_bit_is_noticed(tmp_path):
         shards.read_shard(str(where))
 
 
+@pytest.mark.parametrize("group", [1, 3, 5])
+def test_rows_of_a_shard(tmp_path, group):
+    uri = str(tmp_path / "shard.parquet")
+    shards.write_shard(uri, image_table(), row_group_size=group)
+    for rows in ([], [0], [2, 3], [1, 4], [0, 1, 2, 3, 4]):
+        found = shards.read_rows(uri, np.array(rows, np.int32))
+        assert found.to_pylist() == [image_table().to_pylist()[row] for row in rows]
+    with pytest.raises(UserError, match=r"shard\.parquet: has 5 images, no image 5; import the data again"):
+        shards.read_rows(uri, np.array([1, 5]))
+    with pytest.raises(UserError, match="no such shard"):
+        shards.read_rows(str(tmp_path / "none.parquet"), np.array([1]))
+
+
+def test_only_row_groups_with_wanted_rows_are_read(tmp_path):
+    where = tmp_path / "shard.parquet"
+    shards.write_shard(str(where), image_table(), row_group_size=1, use_dictionary=False, write_statistics=False)
+    data = bytearray(where.read_bytes())
+    data[data.index(png(20)) + 20] ^= 1
+    where.write_bytes(data)
+    assert len(shards.read_rows(str(where), np.array([0, 1, 3, 4]))) == 4
+    with pytest.raises(UserError, match=r"shard\.parquet: not a readable Parquet file .*run again"):
+        shards.read_rows(str(where), np.array([2]))
+
+
 def test_a_foreign_or_missing_shard_has_no_metadata(tmp_path):
     assert shards.shard_metadata(str(tmp_path / "none.parquet")) is None
     foreign = pa.table({"x": [1]})

@@ -121,7 +121,7 @@ def test_nothing_readable_at_all_is_refused(tree, tmp_path):
 
 
 def test_large_images_are_written_in_small_row_groups(tree, tmp_path, monkeypatch):
-    monkeypatch.setattr(stage, "ROW_GROUP_BYTES", 4_000)
+    monkeypatch.setattr(shards, "ROW_GROUP_BYTES", 4_000)
     serial(tree, tmp_path / "dst")
     metadata = pq.read_metadata(tmp_path / "dst" / "train" / "part-00000.parquet")
     assert metadata.num_rows == 15
