@@ -49,7 +49,7 @@ def accuracy_chart(curves: list[Curve], label: str) -> str:
     """Top-1 against epochs: the mean of the seeds, and each seed as a thin line behind it."""
     figure = Figure(figsize=(7.2, 3.6), layout="constrained")
     axes = figure.add_subplot()
-    for curve, (colour, dashes) in zip(curves, _cycle(len(curves)), strict=True):
+    for curve, (colour, dashes) in zip(curves, styles(len(curves)), strict=True):
         marker = "o" if len(curve.epochs) < 3 else None
         for values in curve.seeds:
             axes.plot(curve.epochs, values, color=colour, linewidth=0.8, alpha=0.45, marker=marker, markersize=3)
@@ -58,7 +58,7 @@ def accuracy_chart(curves: list[Curve], label: str) -> str:
     axes.set_ylabel("top-1, %")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", alpha=0.2, color=INK)
-    return _svg(figure, label)
+    return as_svg(figure, label)
 
 
 def cosine_chart(class_names: list[str], series: dict[str, list[float | None]], label: str) -> str:
@@ -73,7 +73,7 @@ def cosine_chart(class_names: list[str], series: dict[str, list[float | None]], 
     figure = Figure(figsize=(7.2, 3.4), layout="constrained")
     axes = figure.add_subplot()
     width = 0.8 / max(1, len(series))
-    for index, ((name, values), (colour, dashes)) in enumerate(zip(series.items(), _cycle(len(series)), strict=True)):
+    for index, ((name, values), (colour, dashes)) in enumerate(zip(series.items(), styles(len(series)), strict=True)):
         known = [(label, value) for label, value in enumerate(values) if value is not None]
         if count <= MAX_BARS:
             places = [label + (index - (len(series) - 1) / 2) * width for label, _ in known]
@@ -84,29 +84,38 @@ def cosine_chart(class_names: list[str], series: dict[str, list[float | None]], 
             axes.plot(sorted(v for _, v in known), color=colour, linestyle=dashes, linewidth=2, label=name)
     if count <= MAX_BARS:
         long = max(map(len, class_names)) > 6 or count > 12
-        axes.set_xticks(range(count), class_names, rotation=40 if long else 0, ha="right" if long else "center")
+        names = [plain(name) for name in class_names]
+        axes.set_xticks(range(count), names, rotation=40 if long else 0, ha="right" if long else "center")
     else:
         axes.set_xlabel("classes, sorted by similarity")
     axes.set_ylabel("cosine similarity")
     axes.grid(axis="y", alpha=0.2, color=INK)
-    return _svg(figure, label)
+    return as_svg(figure, label)
 
 
-def _cycle(count: int) -> list[tuple[str, Dashes]]:
+def styles(count: int) -> list[tuple[str, Dashes]]:
+    """Colour and dashes of so many series; they come again after the fifth."""
     return [STYLES[i % len(STYLES)] for i in range(count)]
 
 
-def _svg(figure: Figure, label: str) -> str:
+def plain(name: str) -> str:
+    """A name as text of a chart, where dollars would begin a formula."""
+    return name.replace("$", r"\$")
+
+
+def as_svg(figure: Figure, label: str) -> str:
+    """The figure as an element of a page; ``label`` says in words what it shows."""
     for axes in figure.axes:
         axes.set_facecolor("none")
-        axes.tick_params(colors=INK, labelcolor=INK)
+        axes.tick_params(which="both", colors=INK, labelcolor=INK)
         axes.xaxis.label.set_color(INK)
         axes.yaxis.label.set_color(INK)
         for name, spine in axes.spines.items():
             spine.set_visible(name in ("left", "bottom"))
             spine.set_color(INK)
         # Above the chart, where it covers no data.
-        axes.legend(frameon=False, labelcolor=INK, loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, labelcolor=INK, loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
     out = io.StringIO()
     # The salt keeps the ids of several charts on one page apart, and the same for the same chart.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label, "font.family": "sans-serif"}):

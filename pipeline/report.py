@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import base64
-import importlib.resources
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from cluster import shards, storage
 from cluster.errors import UserError
 from pipeline.describe import human
 from pipeline.loading import parse_yaml
+from pipeline.pages import render
 from pipeline.rundir import RUN_FILE
 from pipeline.summary import SUMMARY_FILE, read_records
 
@@ -57,7 +56,8 @@ def write_report(out: str, *, dry_run: bool = False) -> str:
     results = sorted(read_records(out), key=lambda r: students.index(r["student"]) if r["student"] in students else 0)
     units = _read_units(storage.join(out, "recovered"))
     class_names: list[str] = next((unit["class_names"] for unit in units), [])
-    page = _template().render(
+    page = render(
+        "report.html.j2",
         summary=summary,
         run=run,
         run_text=run_text,
@@ -76,13 +76,6 @@ def write_report(out: str, *, dry_run: bool = False) -> str:
     if not dry_run:
         storage.write_bytes(report, page.encode())
     return report
-
-
-def _template() -> jinja2.Template:
-    source = (importlib.resources.files("pipeline") / "templates" / "report.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
-                                     lstrip_blocks=True)  # fmt: skip
-    return environment.from_string(source)
 
 
 # Accuracy

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from chromium import Seen, find_browser, look_at
 from image_tree import write_tree
 
 
@@ -72,3 +74,12 @@ def prism(monkeypatch, capsys):
         return int(stop.value.code or 0), out.out, out.err
 
     return call
+
+
+@pytest.fixture
+def browser(tmp_path) -> Callable[..., Seen]:
+    """``look_at`` in a headless Chromium; skipped where there is none."""
+    program = find_browser()
+    if program is None:
+        pytest.skip("no Chromium on PATH")
+    return lambda page, width=1280, **options: look_at(program, page, tmp_path / "browser", width, **options)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html.parser
 import io
 import re
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from html_page import Page
 from PIL import Image
 
 from cluster import shards, storage
@@ -119,38 +119,6 @@ def run(tmp_path) -> str:
     return out
 
 
-class Page(html.parser.HTMLParser):
-    """Tags in order, text, and whether every element is closed where it should be."""
-
-    VOID = frozenset({"meta", "img", "br", "link", "input", "hr"})
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.words = ""
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if not self.open or self.open[-1] != "style":
-            self.words += " ".join(data.split()) + " "
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attrs for name, attrs in self.tags if name == tag]
-
-
 def read_page(out: str) -> tuple[str, Page]:
     text = Path(out, "report.html").read_text(encoding="utf-8")
     return text, Page(text)
@@ -199,6 +167,16 @@ def test_gallery_pairs_each_image_with_its_source(run):
     assert decoded == expected
     assert images[2]["title"] == "real: train/0/1.jpg"
     assert all(image["alt"] for image in images)
+
+
+@pytest.mark.parametrize("width", [560, 1280])
+def test_in_a_browser(run, browser, width):
+    write_report(run)
+    seen = browser(Path(run, "report.html"), width)
+    assert seen.complaints == []
+    assert seen.overflow == 0
+    assert len(seen.charts) == 2
+    assert all(chart.width > 200 and chart.height > 100 for chart in seen.charts)
 
 
 def test_names_are_escaped(run):
@@ -282,6 +260,10 @@ def test_report_on_s3(run, s3_server):
     write_report(run)
     write_report(f"{s3_server}/report-run")
     assert storage.read_bytes(f"{s3_server}/report-run/report.html") == Path(run, "report.html").read_bytes()
+
+
+def test_names_with_dollars_are_no_formulas():
+    assert "US$ and A$ x_" in cosine_chart(["US$ and A$ x_", "b"], {"real": [0.1, 0.2]}, "label")
 
 
 @pytest.mark.parametrize("classes", [3, 30, 200])
