@@ -17,14 +17,14 @@ from pipeline.preflight import Ready, check_networks, preflight
 from pipeline.rundir import differences
 from pipeline.run import execute
 from pipeline.search.bench import Bench
-from pipeline.search.findings import winner_of
+from pipeline.search.findings import planned_rungs, winner
 from pipeline.search.ladder import Ladder
 from pipeline.search.measure import PREPARED
 from pipeline.search.options import SearchOptions
 from pipeline.search.report import write_search_report
 from pipeline.search.sampler import Sampler
 from pipeline.search.space import Space, make_space, overrides
-from pipeline.search.split import split_dataset
+from pipeline.search.split import check_split, split_dataset
 from pipeline.search.table import write_trials
 from pipeline.search.trial import Trial
 from pipeline.search.tuning import run_tune
@@ -57,6 +57,7 @@ def search(config: Config, *, dry_run: bool = False) -> None:
     pool = [name for name, facts in ready.networks.items() if facts.bn_channels]
     space = make_space(config, pool)
     check_rungs(space, options)
+    check_split(ready.train, options.split.per_class, _most_images(config, options))
     if dry_run:
         _show(config, options, ready, space)
         return
@@ -142,15 +143,14 @@ def _claim(root: str, config: Config, options: SearchOptions, ready: Ready) -> t
 
 def _prepare(root: str, config: Config, options: SearchOptions, ready: Ready) -> Config:
     """Cut the search split and train the teachers without it; returns the configuration with the split as its data."""
-    need = max([overrides(config, rung).recover.ipc for rung in options.rungs] + [config.recover.ipc])
     train, val = split_dataset(
         ready.train,
         storage.join(root, "data"),
         options.split.per_class,
         config.seed,
-        need if config.recover.init == "real" else 1,
         run_ray,
         ActorResources(gpus=0),
+        need=_most_images(config, options),
     )
     prepared = config.model_copy(
         update={
@@ -161,6 +161,13 @@ def _prepare(root: str, config: Config, options: SearchOptions, ready: Ready) ->
     )
     execute(prepared, ["squeeze"])
     return prepared
+
+
+def _most_images(config: Config, options: SearchOptions) -> int:
+    """Real images of a class that recovery starts from, at most."""
+    if config.recover.init != "real":
+        return 1
+    return max([overrides(config, rung).recover.ipc for rung in options.rungs] + [config.recover.ipc])
 
 
 def _try(
@@ -211,7 +218,7 @@ def _sentence(trial: Trial, rungs: int) -> str:
 
 
 def _best(trials: list[Trial], options: SearchOptions) -> Trial:
-    """The winner.
+    """The winner, if there were trials enough.
 
     Raises:
         RunError: too many trials failed, or none was measured at the last rung.
@@ -222,18 +229,18 @@ def _best(trials: list[Trial], options: SearchOptions) -> Trial:
             f"search: {len(failed)} of {len(trials)} trials failed, more than search.min_succeeded allows; trial "
             f"{failed[0].number}: {failed[0].reason}"
         )
-    best = winner_of(trials)
+    best = winner(trials, planned_rungs(options))
     if best is None:
         raise RunError("search: no trial was measured at the last rung; raise search.trials")
     return best
 
 
-def _finish(root: str, default: Config, number: int, winner: Config) -> None:
+def _finish(root: str, default: Config, number: int, best: Config) -> None:
     """Default and winner, trial ``number``, in full; these see the test data."""
-    for run in [default, winner] if number else [default]:
+    for run in [default, best] if number else [default]:
         execute(run)
     found = {
-        name: {"out": run.out, "top1": _accuracies(run)} for name, run in (("default", default), ("winner", winner))
+        name: {"out": run.out, "top1": _accuracies(run)} for name, run in (("default", default), ("winner", best))
     }
     storage.write_json(storage.join(root, FINAL_FILE), {**found, "winner": {"number": number, **found["winner"]}})
 
