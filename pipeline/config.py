@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from cluster.resources import ActorResources, Frozen, SessionOptions, TrainResources
+from pipeline.search.options import SearchOptions
 from stages.evaluate.options import EvaluateOptions
 from stages.recover.options import Placement, RecoverOptions
 from stages.relabel.options import RelabelOptions
@@ -22,6 +23,8 @@ NOT_IDENTITY = [
     ("name",),
     ("out",),
     ("resources",),
+    # Each trial is identified by its own configuration.
+    ("search",),
     ("provenance",),
     ("data", "train"),
     ("data", "val"),
@@ -102,6 +105,7 @@ class Config(Frozen):
         recipe: defaults to start from (``pipeline/recipes``); also the method's name in results.
         seed: of every random choice of the run.
         out: run directory, a local path or ``s3://``.
+        search: what a search varies, and how; other commands leave it alone.
         provenance: written to ``run.yaml`` (versions, data fingerprint); ignored when read.
     """
 
@@ -116,6 +120,7 @@ class Config(Frozen):
     relabel: RelabelOptions = RelabelOptions()
     evaluate: EvaluateOptions = EvaluateOptions()
     resources: ResourcesConfig = ResourcesConfig()
+    search: SearchOptions | None = None
     provenance: dict[str, Any] = Field(default={})
 
     @field_validator("teachers")

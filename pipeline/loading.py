@@ -9,7 +9,7 @@ import re
 import types
 import typing
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -20,7 +20,6 @@ from pipeline.config import Config
 
 # Named by the contract, not built yet: refused by name, never ignored.
 RESERVED = {
-    "search",
     "recover.teacher_weight",
     "recover.bn_norm",
     "recover.statistics",
@@ -34,6 +33,29 @@ RECIPES = importlib.resources.files("pipeline") / "recipes"
 # In a recipe, which cannot know the user's teachers: the first one, and all.
 PRIMARY, ALL = "$primary", "$all"
 TEACHER_LISTS = [("recover", "logit_teachers"), ("recover", "bn_teachers"), ("relabel", "teachers")]
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong with a configuration.
+
+    Attributes:
+        field: its path; empty where fields of several sections disagree.
+        sentence: for the user, with the path at its beginning where there is one.
+    """
+
+    field: str
+    sentence: str
+
+
+class InvalidConfig(UserError):
+    """A configuration that its models refuse.
+
+    Attributes:
+        problems: of which the message has one line each.
+    """
+
+    # Not an argument: an exception that is pickled is made again from its arguments, which are its message.
+    problems: Sequence[Problem] = ()
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -139,7 +161,7 @@ def recipe_defaults(name: str, image_size: int) -> dict[str, Any]:
     """
     if name not in recipe_names():
         raise UserError(
-            f"recipe: {name!r} is unknown{_nearest(str(name), recipe_names())}; shipped: {', '.join(recipe_names())}"
+            f"recipe: {name!r} is unknown{nearest(str(name), recipe_names())}; shipped: {', '.join(recipe_names())}"
         )
     value = parse_yaml((RECIPES / f"{name}.yaml").read_text(), f"recipe {name}")
     for entry in value.pop("by_image_size", []):
@@ -155,7 +177,7 @@ def resolve(value: dict[str, Any]) -> Config:
     Raises:
         UserError: one sentence for each thing that is wrong.
     """
-    _refuse_reserved(value)
+    refuse_reserved(value)
     recipe = value.get("recipe", Config.model_fields["recipe"].default)
     defaults = recipe_defaults(recipe, _image_size(value))
     merged = merge(defaults, value)
@@ -164,11 +186,23 @@ def resolve(value: dict[str, Any]) -> Config:
         node = merged.get(section)
         if isinstance(node, dict) and isinstance(node.get(key), list):
             merged[section] = {**node, key: _expand(node[key], teachers)}
+    return validated(merged)
+
+
+def validated(value: dict[str, Any]) -> Config:
+    """Checked as it is, without a recipe's defaults.
+
+    Raises:
+        InvalidConfig: one sentence for each thing that is wrong.
+    """
     try:
         # As JSON, where lists may become tuples although `strict` refuses "10", 10.0 and true for a number of steps.
-        return Config.model_validate_json(json.dumps(merged, default=str), strict=True)
+        return Config.model_validate_json(json.dumps(value, default=str), strict=True)
     except ValidationError as error:
-        raise UserError("\n".join(dict.fromkeys(_sentence(e) for e in error.errors()))) from None
+        problems = list(dict.fromkeys(_problem(e) for e in error.errors()))
+    invalid = InvalidConfig("\n".join(dict.fromkeys(problem.sentence for problem in problems)))
+    invalid.problems = problems
+    raise invalid
 
 
 def _image_size(value: dict[str, Any]) -> int:
@@ -200,9 +234,20 @@ def demo_config() -> dict[str, Any]:
     return dict(value)
 
 
+def plain(config: Config) -> dict[str, Any]:
+    """A configuration as plain values, which ``validated`` reads back to an equal one."""
+    return config.model_dump(mode="json", by_alias=True)
+
+
 def dump_yaml(config: Config) -> str:
     """A configuration as YAML that ``load_config`` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True, width=110)
+    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True, width=110)
+
+
+def one_line(value: Any) -> str:
+    """A value as YAML for a sentence or a table."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True).strip()
+    return text.removesuffix("...").strip()
 
 
 def _expand(names: list[Any], teachers: list[str]) -> list[Any]:
@@ -212,16 +257,26 @@ def _expand(names: list[Any], teachers: list[str]) -> list[Any]:
     return list(dict.fromkeys(out)) if any(n in (PRIMARY, ALL) for n in names) else out
 
 
-def _refuse_reserved(value: dict[str, Any], path: str = "") -> None:
+def refuse_reserved(value: dict[str, Any], path: str = "") -> None:
+    """Refuse what the contract names and this version lacks.
+
+    Args:
+        value: fields and sections.
+        path: of the section that ``value`` is, with a dot at its end.
+
+    Raises:
+        UserError: names the field.
+    """
     for key, child in value.items():
         name = f"{path}{key}"
         if name in RESERVED:
             raise UserError(f"{name} is reserved and not built in this version; remove it")
         if isinstance(child, dict):
-            _refuse_reserved(child, f"{name}.")
+            refuse_reserved(child, f"{name}.")
 
 
-def _nearest(given: str, names: Sequence[str]) -> str:
+def nearest(given: str, names: Sequence[str]) -> str:
+    """The end of a sentence that asks for the most similar name; empty where there is none."""
     close = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -233,29 +288,45 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     return [m for a in typing.get_args(annotation) for m in _models(a)]
 
 
+def _is_mapping(annotation: Any) -> bool:
+    """Whether names under it are free, as in ``dict[str, TeacherSpec]``."""
+    return typing.get_origin(annotation) is dict or any(map(_is_mapping, typing.get_args(annotation)))
+
+
 def _field_names(location: Sequence[int | str]) -> list[str]:
-    """Valid names beside the last part of a location in the configuration."""
+    """Valid names beside the last part of a location in the configuration; none where they are not of models."""
     models: list[type[BaseModel]] = [Config]
+    free = False
     for part in location[:-1]:
-        found: list[type[BaseModel]] = []
-        for model in models:
-            for name, info in model.model_fields.items():
-                if part in (name, info.alias):
-                    found += _models(info.annotation)
-        # A free key (a teacher's name) stays on the models of its mapping.
-        models = found or models
+        found = [info for m in models for name, info in m.model_fields.items() if part in (name, info.alias)]
+        # A free key (a teacher's name) stays on the models of its mapping, even where it is called as a field is.
+        if found and not free:
+            models = [model for info in found for model in _models(info.annotation)]
+        free = not free and any(_is_mapping(info.annotation) for info in found)
     return [info.alias or name for model in models for name, info in model.model_fields.items()]
 
 
-def _sentence(error: Any) -> str:
+def _problem(error: Any) -> Problem:
     # Without pydantic's own words for the branch of a union, such as `tuple[int, int]`.
     location = [p for p in error["loc"] if not str(p).endswith("]")]
     location = location[:-1] if location[-1:] == ["int"] else location
-    field, kind, given = ".".join(map(str, location)), error["type"], error["input"]
-    context = error.get("ctx", {})
+    field = ".".join(map(str, location))
+    return Problem(field, _sentence(field, location, error))
+
+
+def _sentence(field: str, location: list[int | str], error: Any) -> str:
+    kind, given, context = error["type"], error["input"], error.get("ctx", {})
     if kind == "extra_forbidden":
+        if location[:2] == ["search", "space"] and location[2] in Config.model_fields:
+            return (
+                f"{'.'.join(map(str, location[:3]))}: one key names a field by its whole path, e.g. "
+                "recover.r_bn: {log: [0.1, 100]}"
+            )
         names = _field_names(location)
-        return f"{field}: unknown field{_nearest(str(location[-1]), names) or '; allowed here: ' + ', '.join(names)}"
+        return f"{field}: unknown field{nearest(str(location[-1]), names) or '; allowed here: ' + ', '.join(names)}"
+    if kind in ("too_short", "too_long") or (kind == "missing" and isinstance(location[-1], int)):
+        owner = field.rpartition(".")[0] if kind == "missing" else field
+        return f"{owner}: {given!r} has too {'many' if kind == 'too_long' else 'few'} entries"
     if kind == "missing":
         return f"{field}: is required and not given"
     if kind == "value_error":
@@ -267,6 +338,6 @@ def _sentence(error: Any) -> str:
     if kind in ("model_type", "dict_type"):
         fields = ", ".join(_field_names([*location, ""]))
         what = "a section; its fields: " if kind == "model_type" else "a section of names, each with: "
-        return f"{field}: {given!r} is given, but it must be {what}{fields}"
+        return f"{field}: {given!r} is given, but it must be {what + fields if fields else 'a section of names'}"
     wanted = error["msg"].removeprefix("Input should be ").replace("array", "list")
     return f"{field}: {given!r} is given, but it must be {wanted.split(', unable')[0]}"

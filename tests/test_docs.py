@@ -140,18 +140,20 @@ def known_fields() -> re.Pattern[str]:
         for path, model, _ in generator().sections(Config)
         for field, info in model.model_fields.items()
     ]
-    return re.compile("|".join(re.escape(name).replace("NAME", "[^.]+") for name in names))
+    free = {"NAME": "[^.]+", "FIELD": "[a-z_.]+"}
+    return re.compile("|".join(re.sub("NAME|FIELD", lambda key: free[key[0]], re.escape(name)) for name in names))
 
 
 def field_exists(name: str) -> bool:
-    return known_fields().fullmatch(name) is not None
+    searched = name.removeprefix("search.space.")
+    return known_fields().fullmatch(name) is not None or known_fields().fullmatch(searched) is not None
 
 
 @each_doc
 def test_fields_exist(path):
     if path.parent.name == "adr":
         pytest.skip("a record of its time")
-    sections = "data|teachers|squeeze|recover|relabel|evaluate|resources"
+    sections = "data|teachers|squeeze|recover|relabel|evaluate|resources|search"
     for span in code(path.read_text()):
         for name in re.findall(rf"(?:^|\s)((?:{sections})(?:\.[a-z_]+)+)(?=$|[\s=:,])", span):
             if name.rpartition(".")[2] in ("py", "yaml", "md"):
@@ -162,6 +164,10 @@ def test_fields_exist(path):
 def test_fields_exist_can_fail():
     assert field_exists("recover.crop.min_scale")
     assert field_exists("teachers.resnet18.key_map")
+    assert field_exists("search.space.recover.r_bn")
+    assert field_exists("search.space.recover.r_bn.log")
+    assert not field_exists("search.space.recover.r_b")
+    assert not field_exists("search.space.recover.r_bn.lgo")
     assert not field_exists("recover.r_b")
     assert not field_exists("recover.crop.scale")
 

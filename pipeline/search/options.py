@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cluster.resources import Frozen
 
@@ -17,7 +17,7 @@ class Dimension(Frozen):
     Attributes:
         subset: for a list of teachers: any non-empty subset of these. ``all`` = all teachers, in
             ``recover.bn_teachers`` those with BatchNorm.
-        choice: one of these; for a list of teachers, one teacher.
+        choice: one of these; for a list of teachers, one teacher or a list of them; for a section, fields of it.
         log, uniform: a number between two bounds, log-uniform or uniform.
         integer: a whole number between two bounds, both included.
         when: field → values; suggested only where that field, searched or not, has one of them, else left as it is.
@@ -29,6 +29,14 @@ class Dimension(Frozen):
     uniform: tuple[float, float] | None = None
     integer: tuple[int, int] | None = None
     when: dict[str, list[Any]] = {}
+
+    @field_validator("subset", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        # Of a union, each branch would be complained of.
+        if value in (None, "all") or (isinstance(value, list) and all(isinstance(name, str) for name in value)):
+            return value
+        raise ValueError(f"{value!r} is given, but it must be a list of teachers or all")
 
     @model_validator(mode="after")
     def _check(self) -> Dimension:
@@ -66,9 +74,9 @@ class SearchOptions(Frozen):
 
     Attributes:
         trials: points that are tried; the first is the configuration itself.
-        space: field of the configuration, by its path, → values it may take.
-        rungs: overrides of the configuration, by path, from the cheapest measurement to the dearest. A trial that does
-            worse than most at a rung is not measured at the next.
+        space: field of ``recover``, ``relabel`` or ``evaluate.protocol``, by its path, → values it may take.
+        rungs: overrides of fields that are not searched, by path, from the cheapest measurement to the dearest. A
+            trial that does worse than most at a rung is not measured at the next.
         reduction_factor: one in so many goes on from a rung to the next.
         sampler: ``tpe`` = Optuna's, with NSGA-II for two objectives; ``random``.
         objectives: ``top1_last`` alone, or with ``gpu_seconds`` (planned); then trials are measured at the last rung

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import yaml
 
 from cluster.errors import UserError
-from pipeline.loading import apply_overrides, dump_yaml, load_config, parse_yaml, recipe_names, resolve
+from pipeline.loading import (
+    InvalidConfig,
+    apply_overrides,
+    dump_yaml,
+    load_config,
+    parse_yaml,
+    plain,
+    recipe_names,
+    resolve,
+    validated,
+)
 from pipeline.paths import absolute
 
 
@@ -103,7 +115,17 @@ def test_identity_ignores_place_and_machine_but_not_method():
         ({"data": {"image_size": "224"}}, ["data.image_size", "'224'", "integer"]),
         ({"data": {"image_size": True}}, ["data.image_size", "integer"]),
         ({"relabel": {"priors": {"c": 3}}}, ["relabel.priors", "'c'"]),
-        ({"search": {"trials": 3}}, ["search", "reserved"]),
+        ({"relabel": {"priors": 5}}, ["relabel.priors: 5", "a section of names"]),
+        ({"recover": {"betas": [0.5]}}, ["recover.betas: [0.5] has too few entries"]),
+        ({"recover": {"betas": [0.5, 0.6, 0.7]}}, ["recover.betas: [0.5, 0.6, 0.7] has too many entries"]),
+        (
+            {"teachers": {"kwargs": {"arch": "builtin:resnet10", "key_map": {"strip_prefx": ""}}}},
+            ["teachers.kwargs.key_map.strip_prefx", "did you mean strip_prefix"],
+        ),
+        (
+            {"teachers": {"weights": {"arch": "builtin:resnet10", "ach": 1}}},
+            ["teachers.weights.ach", "did you mean arch"],
+        ),
         ({"recipe": "prsm"}, ["recipe", "'prsm'", "did you mean prism"]),
         ({"relabel": {"ensemble": "prior_softmax"}}, ["relabel.priors", "a, b"]),
         ({"relabel": {"mix": {"kind": "cutmixx"}}}, ["relabel.mix.kind", "cutmix"]),
@@ -118,6 +140,66 @@ def test_refusals_name_the_field_and_the_remedy(sections, words):
     for word in words:
         assert word in str(error.value), str(error.value)
     assert error.value.exit_code == 2
+
+
+def search(space=None, **options):
+    return minimal(search={"space": space or {"recover.r_bn": {"log": [0.1, 100]}}, **options})
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (minimal(search={"trials": 3}), "search.space: is required and not given"),
+        (minimal(search={"space": {}}), "search: space is empty; name at least one field, e.g. "),
+        (minimal(search=[]), "search: [] is given, but it must be a section; its fields: trials, space, "),
+        (search(trails=3), "search.trails: unknown field; did you mean trials?"),
+        (search(trials=0), "search.trials: 0 is given, but it must be greater than or equal to 1"),
+        (search(sampler="tp"), "search.sampler: 'tp' is not allowed; choose from tpe or random"),
+        (search(split={"per_clas": 1}), "search.split.per_clas: unknown field; did you mean per_class?"),
+        (search(rungs=[]), "search.rungs: [] has too few entries"),
+        (search(rungs=[5]), "search.rungs.0: 5 is given, but it must be a section of names"),
+        (search(objectives=["gpu_seconds"]), "search: objectives must be [top1_last] or [top1_last, gpu_seconds]"),
+        (search({"recover.r_bn": {"lgo": [1, 2]}}), "search.space.recover.r_bn.lgo: unknown field; did you mean log?"),
+        (search({"recover.r_bn": {}}), "search.space.recover.r_bn: nothing is given; give one of subset, choice, "),
+        (search({"recover.r_bn": {"log": [1]}}), "search.space.recover.r_bn.log: [1] has too few entries"),
+        (search({"recover.r_bn": {"log": [2, 1]}}), "search.space.recover.r_bn: log: [2, 1] is empty; the first "),
+        (
+            search({"recover.bn_teachers": {"subset": "al"}}),
+            "search.space.recover.bn_teachers.subset: 'al' is given, but it must be a list of teachers or all",
+        ),
+        (
+            search({"recover": {"r_bn": {"log": [1, 2]}}}),
+            "search.space.recover: one key names a field by its whole path, e.g. recover.r_bn: {log: [0.1, 100]}",
+        ),
+    ],
+)
+def test_refusals_of_a_search_are_one_sentence(value, words):
+    with pytest.raises(UserError) as error:
+        resolve(value)
+    assert str(error.value).startswith(words)
+    assert len(str(error.value).splitlines()) == 1
+    assert error.value.exit_code == 2
+
+
+def test_a_search_is_kept_and_is_not_part_of_a_runs_identity(tmp_path):
+    config = resolve(search(trials=5))
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_yaml(config))
+    assert load_config(str(path)) == config
+    assert config.sha256() == resolve(minimal()).sha256()
+    assert load_config(str(path), ["search.trials=7"]).search.trials == 7
+    assert "search: null\n" in dump_yaml(resolve(minimal()))
+
+
+def test_what_is_wrong_can_be_told_apart_and_survives_the_way_between_processes():
+    value = plain(resolve(minimal()))
+    value["recover"] |= {"ipc": 0, "lr": -1}
+    with pytest.raises(InvalidConfig) as error:
+        validated(value)
+    assert [problem.field for problem in error.value.problems] == ["recover.ipc", "recover.lr"]
+    again = pickle.loads(pickle.dumps(error.value))
+    assert str(again) == str(error.value) == "\n".join(problem.sentence for problem in error.value.problems)
+    assert again.problems == error.value.problems
 
 
 def test_missing_required_fields_are_named():
