@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from cluster import storage
 from cluster.errors import UserError
 from pipeline.config import Config
+from pipeline.search.options import Dimension
 
 # Named by the contract, not built yet: refused by name, never ignored.
 RESERVED = {
@@ -127,7 +128,7 @@ def apply_overrides(value: dict[str, Any], overrides: Sequence[str]) -> dict[str
         key, sign, text = override.partition("=")
         if not sign or not key:
             raise UserError(f"{override!r} is not key=value, e.g. recover.r_bn=0.05")
-        *parents, leaf = key.split(".")
+        *parents, leaf = _keys(key)
         node = value = dict(value)
         for depth, parent in enumerate(parents):
             child = node.get(parent)
@@ -137,6 +138,15 @@ def apply_overrides(value: dict[str, Any], overrides: Sequence[str]) -> dict[str
             node = node[parent]
         node[leaf] = parse_yaml(text, override)
     return value
+
+
+def _keys(path: str) -> list[str]:
+    """Keys on the way to a field; below ``search.space`` one key is the whole path of a field."""
+    space = "search.space."
+    if not path.startswith(space):
+        return path.split(".")
+    field, _, kind = path.removeprefix(space).rpartition(".")
+    return ["search", "space", *([field, kind] if kind in Dimension.model_fields else [path.removeprefix(space)])]
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

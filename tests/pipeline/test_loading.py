@@ -191,6 +191,15 @@ def test_a_search_is_kept_and_is_not_part_of_a_runs_identity(tmp_path):
     assert "search: null\n" in dump_yaml(resolve(minimal()))
 
 
+def test_overrides_of_a_search_name_a_field_by_its_path():
+    given = search({"recover.r_bn": {"log": [1, 2], "when": {"recover.flip": [True]}}, "recover.lr": {"log": [1, 2]}})
+    words = ["search.space.recover.r_bn.log=[2, 3]", "search.space.recover.lr={choice: [1]}"]
+    space = resolve(apply_overrides(given, [*words, "search.space.recover.crop.min_scale.choice=[0.5]"])).search.space
+    assert list(space) == ["recover.r_bn", "recover.lr", "recover.crop.min_scale"]
+    assert (space["recover.r_bn"].log, space["recover.r_bn"].when) == ((2, 3), {"recover.flip": [True]})
+    assert (space["recover.lr"].choice, space["recover.lr"].log) == ([1], None)
+
+
 def test_what_is_wrong_can_be_told_apart_and_survives_the_way_between_processes():
     value = plain(resolve(minimal()))
     value["recover"] |= {"ipc": 0, "lr": -1}
