@@ -9,9 +9,10 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.describe import cost
 from pipeline.plan import REFERENCE_STEP_FLOPS, REFERENCE_STEP_S, make_plan
+from pipeline.search.fields import overrides
 from pipeline.search.measure import lighten
 from pipeline.search.options import SearchOptions
-from pipeline.search.space import Space, overrides
+from pipeline.search.space import Space
 from stages.teachers.describe import NetworkFacts
 
 # Forward, and backward to weights and inputs.

@@ -62,7 +62,7 @@ class Ladder(Searcher):
             time_attr="resource",
             metric="top1",
             mode="max",
-            max_t=reduction_factor ** (rungs - 1),
+            max_t=reduction_factor ** (rungs - 1),  # type: ignore[arg-type]
             grace_period=1,
             reduction_factor=reduction_factor,
         )
@@ -78,7 +78,7 @@ class Ladder(Searcher):
         """No more are ever handed out."""
         return self._most * self._rungs
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> Any:
         """The next job for Tune, ``FINISHED``, or None while that depends on results that are not there yet."""
         self._advance()
         if self._waiting:

@@ -14,16 +14,17 @@ from pipeline.config import Config
 from pipeline.loading import dump_yaml, parse_yaml
 from pipeline.paths import absolute
 from pipeline.preflight import Ready, check_networks, preflight
-from pipeline.rundir import differences
 from pipeline.run import execute
+from pipeline.rundir import differences
 from pipeline.search.bench import Bench
+from pipeline.search.fields import overrides
 from pipeline.search.findings import planned_rungs, winner
 from pipeline.search.ladder import Ladder
 from pipeline.search.measure import PREPARED
 from pipeline.search.options import SearchOptions
 from pipeline.search.report import write_search_report
 from pipeline.search.sampler import Sampler
-from pipeline.search.space import Space, make_space, overrides
+from pipeline.search.space import Space, make_space
 from pipeline.search.split import check_split, split_dataset
 from pipeline.search.table import write_trials
 from pipeline.search.trial import Trial
@@ -56,7 +57,6 @@ def search(config: Config, *, dry_run: bool = False) -> None:
     ready = preflight(final_config(config, "default"))
     pool = [name for name, facts in ready.networks.items() if facts.bn_channels]
     space = make_space(config, pool)
-    check_rungs(space, options)
     check_split(ready.train, options.split.per_class, _most_images(config, options))
     if dry_run:
         _show(config, options, ready, space)
@@ -74,13 +74,6 @@ def search(config: Config, *, dry_run: bool = False) -> None:
         _finish(root, final_config(config, "default"), best.number, found)
     _say(f"best: {where}")
     _say(f"report: {write_search_report(config.out)}")
-
-
-def check_rungs(space: Space, options: SearchOptions) -> None:
-    """Every rung is a valid configuration at the default."""
-    at_default = space.apply(space.point(space.defaults()))
-    for rung in options.rungs:
-        overrides(at_default, rung)
 
 
 def final_config(config: Config, name: str) -> Config:
@@ -239,9 +232,7 @@ def _finish(root: str, default: Config, number: int, best: Config) -> None:
     """Default and winner, trial ``number``, in full; these see the test data."""
     for run in [default, best] if number else [default]:
         execute(run)
-    found = {
-        name: {"out": run.out, "top1": _accuracies(run)} for name, run in (("default", default), ("winner", best))
-    }
+    found = {name: {"out": run.out, "top1": _accuracies(run)} for name, run in (("default", default), ("winner", best))}
     storage.write_json(storage.join(root, FINAL_FILE), {**found, "winner": {"number": number, **found["winner"]}})
 
 

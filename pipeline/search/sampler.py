@@ -60,7 +60,7 @@ class Sampler:
 
     def observe(self, number: int, found: Measured | None) -> None:
         """How a trial ended; None: it failed."""
-        values = found and {name: getattr(found, name) for name in self._objectives}
+        values = {name: getattr(found, name) for name in self._objectives} if found else None
         self._search.on_trial_complete(str(number), values, error=found is None)
 
 
