@@ -56,15 +56,19 @@ def _load(words: list[str] | None, address: str | None) -> Config:
     return load_config(file, overrides + ([f"resources.session.address={address}"] if address else []))
 
 
+def _load_for(words: list[str] | None, serial: bool, address: str | None) -> Config:
+    if serial and address:
+        raise UserError("--address: a cluster is of no use with --serial, which runs in this process; give one of them")
+    return _load(words, address)
+
+
 def _stages(
     words: list[str] | None, stages: list[str] | None, dry_run: bool, serial: bool, address: str | None
 ) -> None:
     from pipeline.run import dry_run as show
     from pipeline.run import execute
 
-    if serial and address:
-        raise UserError("--address: a cluster is of no use with --serial, which runs in this process; give one of them")
-    config = _load(words, address)
+    config = _load_for(words, serial, address)
     if dry_run:
         show(config)
     else:
@@ -102,11 +106,11 @@ def evaluate(words: Words, dry_run: DryRun = False, serial: Serial = False, addr
 
 
 @app.command()
-def search(words: Words, dry_run: DryRun = False, address: Address = None) -> None:
+def search(words: Words, dry_run: DryRun = False, serial: Serial = False, address: Address = None) -> None:
     """Search teacher pools, weights and other fields; writes the best configuration as a runnable file."""
     from pipeline.search.run import search as find
 
-    find(_load(words, address), dry_run=dry_run)
+    find(_load_for(words, serial, address), dry_run=dry_run, serial=serial)
 
 
 @app.command()

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.errors import redact
 from pipeline.config import Config
 from pipeline.describe import cost
 from pipeline.plan import REFERENCE_STEP_FLOPS, REFERENCE_STEP_S, make_plan
 from pipeline.search.fields import overrides
-from pipeline.search.measure import lighten
+from pipeline.search.measure import lighten, measure, reason_of
 from pipeline.search.options import SearchOptions
 from pipeline.search.space import Space
 from stages.teachers.describe import NetworkFacts
 
+log = logging.getLogger("prism")
 # Forward, and backward to weights and inputs.
 PASSES_OF_TRAINING = 3
 
@@ -60,3 +64,23 @@ class Bench:
         flops = PASSES_OF_TRAINING * sum(facts.flops for facts in self.students.values()) * len(self.options.seeds)
         training = flops * found.images * config.relabel.epochs / (REFERENCE_STEP_FLOPS / REFERENCE_STEP_S)
         return distilling + training, distilling
+
+
+def make_work(root: str, bench: Bench) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """What a job does, for ``cluster.tune``: fields of ``Measured``, or ``reason`` where it fails.
+
+    Args:
+        root: folder of the search.
+        bench: of its jobs.
+    """
+
+    def work(job: dict[str, Any]) -> dict[str, Any]:
+        try:
+            found = measure(root, bench.config(job["point"], job["rung"]), job["key"])
+        except Exception as error:
+            # A point that fails is a result like another; the search goes on.
+            log.error("%s: %s", job["key"], redact(traceback.format_exc()))
+            return {"value": float("nan"), "reason": reason_of(error)}
+        return {"value": found.top1, **found.model_dump(mode="json")}
+
+    return work

@@ -7,9 +7,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from cluster import storage
+from cluster.errors import PrismError, redact
 from cluster.ledger import content_key
 from cluster.progress import console
 from cluster.resources import ActorResources, TrainResources
@@ -171,9 +171,7 @@ def _quiet() -> Iterator[None]:
         console.quiet = before
 
 
-def reason_of(error: BaseException) -> dict[str, Any]:
-    """What Tune is told of a job that failed."""
-    from cluster.errors import PrismError, redact
-
+def reason_of(error: BaseException) -> str:
+    """Why a job failed, in one line without secrets."""
     words = str(error) if isinstance(error, PrismError) else f"{type(error).__name__}: {error}"
-    return {"top1": float("nan"), "reason": redact(" ".join(words.split()))[:500]}
+    return redact(" ".join(words.split()))[:500]

@@ -2,45 +2,49 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
 from cluster import storage
-from cluster.capacity import read_capacity
 from cluster.errors import RunError, UserError
 from cluster.lease import Lease
 from cluster.progress import StageProgress, console
 from cluster.resources import ActorResources
-from cluster.runner import run_ray
+from cluster.runner import run_ray, run_serial
 from cluster.session import ray_session
 from pipeline.config import Config
 from pipeline.loading import dump_yaml, parse_yaml
 from pipeline.paths import absolute
-from pipeline.preflight import Ready, check_networks, preflight
+from pipeline.preflight import Ready, preflight
 from pipeline.run import execute
 from pipeline.rundir import differences
-from pipeline.search.bench import Bench
+from pipeline.search.bench import Bench, make_work
 from pipeline.search.fields import overrides
 from pipeline.search.findings import planned_rungs, winner
 from pipeline.search.ladder import Ladder
 from pipeline.search.measure import PREPARED
 from pipeline.search.options import SearchOptions
-from pipeline.search.report import write_search_report
-from pipeline.search.sampler import Sampler
+from pipeline.search.report import FINAL_FILE, SEARCH_FILE, write_search_report
 from pipeline.search.space import Space, make_space
 from pipeline.search.split import check_split, split_dataset
-from pipeline.search.table import write_trials
-from pipeline.search.trial import Trial
-from pipeline.search.tuning import run_tune
+from pipeline.search.table import TRIALS_FILE, write_trials
+from pipeline.search.trial import Measured, Trial
 from pipeline.summary import SUMMARY_FILE
 
-FOLDER = "search"
-SEARCH_FILE, TRIALS_FILE, BEST_FILE, FINAL_FILE = "search.yaml", "trials.parquet", "best.yaml", "final.json"
+FOLDER, BEST_FILE = "search", "best.yaml"
+# Names of the objectives in ``Measured``, and which way is better.
+OBJECTIVES = {"top1_last": ("top1", "max"), "gpu_seconds": ("gpu_seconds", "min")}
 
 
-def search(config: Config, *, dry_run: bool = False) -> None:
+def search(config: Config, *, dry_run: bool = False, serial: bool = False) -> None:
     """Find the best point of the space, and measure it and the default in full.
 
     Args:
         config: with a ``search`` section.
         dry_run: check and show what would be searched.
+        serial: in this process, without Ray; on one virtual machine where ``parallel`` is left open.
 
     Raises:
         UserError: bad input, before any work.
@@ -50,158 +54,241 @@ def search(config: Config, *, dry_run: bool = False) -> None:
     options = config.search
     if options is None:
         raise UserError(
-            "search: the configuration has no such section; add one, e.g. search: {space: {recover.r_bn: {log: [0.1, "
-            "100]}}}"
+            "search: is not given; say what to vary, e.g. search: {space: {recover.r_bn: {log: [0.1, 100]}}}"
         )
-    root = storage.join(config.out, FOLDER)
-    ready = preflight(final_config(config, "default"))
-    pool = [name for name, facts in ready.networks.items() if facts.bn_channels]
-    space = make_space(config, pool)
-    check_split(ready.train, options.split.per_class, _most_images(config, options))
+    ready = preflight(final_config(config, options, "default"))
+    found = Search(config, options, ready, serial)
+    check_split(ready.train, options.split.per_class, found.most_images)
     if dry_run:
-        _show(config, options, ready, space)
+        found.show()
         return
-    with Lease(root, say=_say) as lease, ray_session(config.resources.session), lease.guard():
-        parallel, gpus = _claim(root, config, options, ready)
-        prepared = _prepare(root, config, options, ready)
-        trials = _try(root, prepared, options, ready, pool, parallel, gpus)
-        best = _best(trials, options)
-        where = storage.join(root, BEST_FILE)
-        found = final_config(space.apply(best.point), "best" if best.number else "default")
-        # The full run as users know it, with the baselines that a comparison with the default does without.
-        evaluate = found.evaluate.model_copy(update={"baselines": config.evaluate.baselines})
-        storage.write_bytes(where, dump_yaml(found.model_copy(update={"evaluate": evaluate})).encode())
-        _finish(root, final_config(config, "default"), best.number, found)
-    _say(f"best: {where}")
+    session = contextlib.nullcontext() if serial else ray_session(config.resources.session)
+    with Lease(found.root, say=_say) as lease, session, lease.guard():
+        best = found.best_of(found.try_all())
+        found.finish(best)
+    _say(f"best: {storage.join(found.root, BEST_FILE)}")
     _say(f"report: {write_search_report(config.out)}")
 
 
-def final_config(config: Config, name: str) -> Config:
+def final_config(config: Config, options: SearchOptions, name: str) -> Config:
     """A full run, as an ordinary configuration.
 
     Args:
         config: of the search, at some point.
+        options: of the search.
         name: of the run's folder below the search's.
     """
-    assert config.search is not None
     root = storage.join(config.out, FOLDER)
-    evaluate = config.evaluate.model_copy(update={"seeds": config.search.final_seeds, "baselines": []})
-    # Both full runs, and the search's own teachers where they are the same, train each teacher once.
+    # Both full runs, and the next search, train each teacher once.
     cache = config.squeeze.cache or storage.join(root, "teachers")
     return config.model_copy(
         update={
             "name": f"{config.name}-{name}",
             "out": storage.join(root, "final", name),
-            "evaluate": evaluate,
+            "evaluate": config.evaluate.model_copy(update={"seeds": options.final_seeds, "baselines": []}),
             "squeeze": config.squeeze.model_copy(update={"cache": cache}),
             "search": None,
         }
     )
 
 
-def _claim(root: str, config: Config, options: SearchOptions, ready: Ready) -> tuple[int, float]:
-    """Write ``search.yaml``; returns virtual machines and GPUs of a job, those of an earlier start of this search.
+@dataclass(frozen=True)
+class Search:
+    """A checked search.
 
-    Raises:
-        UserError: the folder holds another search, or a job fits nowhere.
+    Attributes:
+        config: of the user.
+        options: its ``search`` section.
+        ready: what the checks found.
+        serial: without Ray.
     """
-    where = storage.join(root, SEARCH_FILE)
-    content = {
-        **config.identity(),
-        "evaluate": config.evaluate.model_dump(mode="json"),
-        # A longer search goes on where a shorter one ended.
-        "search": options.model_dump(mode="json", exclude={"trials", "final_seeds"}),
-        "data_fingerprints": ready.fingerprints,
-    }
-    if storage.exists(where):
-        kept = parse_yaml(storage.read_bytes(where), where)["provenance"]
-        changed = differences(kept["content"], content)
-        if changed:
-            names = ", ".join(changed[:6]) + (" …" if len(changed) > 6 else "")
-            raise UserError(f"out: {config.out} holds another search; it differs in {names}; choose another out")
-        return kept["parallel"], kept["gpus"]
-    capacity = read_capacity()
-    gpus = options.gpus if options.gpus is not None else float(capacity.gpus > 0)
-    room = capacity.room(options.cpus, gpus)
-    if not room:
-        raise UserError(
-            f"search: a job asks for {options.cpus:g} CPUs and {gpus:g} GPUs, but no node has as many; lower "
-            "search.cpus or search.gpus"
-        )
-    parallel = options.parallel or min(room, options.trials)
-    provenance = {"parallel": parallel, "gpus": gpus, "content": content}
-    storage.write_bytes(where, dump_yaml(config.model_copy(update={"provenance": provenance})).encode())
-    return parallel, gpus
 
+    config: Config
+    options: SearchOptions
+    ready: Ready
+    serial: bool
 
-def _prepare(root: str, config: Config, options: SearchOptions, ready: Ready) -> Config:
-    """Cut the search split and train the teachers without it; returns the configuration with the split as its data."""
-    train, val = split_dataset(
-        ready.train,
-        storage.join(root, "data"),
-        options.split.per_class,
-        config.seed,
-        run_ray,
-        ActorResources(gpus=0),
-        need=_most_images(config, options),
-    )
-    prepared = config.model_copy(
-        update={
-            "out": storage.join(root, PREPARED),
-            "data": config.data.model_copy(update={"train": train, "val": val}),
-            "search": None,
+    @property
+    def root(self) -> str:
+        """Folder of all that the search makes."""
+        return storage.join(self.config.out, FOLDER)
+
+    @cached_property
+    def space(self) -> Space:
+        """Over the user's configuration."""
+        return self._space(self.config)
+
+    @property
+    def most_images(self) -> int:
+        """Real images of a class that recovery starts from, at most."""
+        if self.config.recover.init != "real":
+            return 1
+        at_rungs = [overrides(self.config, rung).recover.ipc for rung in self.options.rungs]
+        return max([*at_rungs, self.config.recover.ipc])
+
+    def show(self) -> None:
+        """What would be searched, and what its rungs are planned to cost."""
+        _say(f"{self.config.name}: {self.options.trials} trials, objectives {', '.join(self.options.objectives)}")
+        for field, dimension in self.options.space.items():
+            _say(f"  {field}: {dimension.kind} {getattr(dimension, dimension.kind)}")
+        bench, point = self._bench(self.space), self.space.point(self.space.defaults())
+        for index, rung in enumerate(bench.rungs):
+            words = ", ".join(f"{field} = {value}" for field, value in rung.items()) or "as configured"
+            seconds = bench.planned(point, index)[0]
+            _say(f"  rung {index + 1}: {words}; the default takes {seconds:.3g} s of an RTX 4090 by arithmetic")
+
+    def try_all(self) -> list[Trial]:
+        """Every trial, on data and teachers of the search's own.
+
+        Raises:
+            UserError: the folder holds another search, or a job fits nowhere.
+            RunError: Tune gave up, or the teachers could not be trained.
+        """
+        parallel, gpus = self._claim()
+        space = self._space(self._prepare())
+        bench = self._bench(space)
+        with StageProgress("search", self.options.trials, "trials") as shown:
+
+            def tell(trial: Trial) -> None:
+                write_trials(storage.join(self.config.out, TRIALS_FILE), ladder.trials)
+                shown.advance(_sentence(trial, len(bench.rungs)))
+
+            ladder = self._ladder(space, bench, parallel, tell)
+            self._run(bench, ladder, gpus)
+        return ladder.trials
+
+    def best_of(self, trials: list[Trial]) -> Trial:
+        """The winner.
+
+        Raises:
+            RunError: too many trials failed, or none was measured at the last rung.
+        """
+        failed = [trial for trial in trials if trial.state == "failed"]
+        if len(trials) - len(failed) < self.options.min_succeeded * len(trials):
+            raise RunError(
+                f"search: {len(failed)} of {len(trials)} trials failed, more than search.min_succeeded allows; trial "
+                f"{failed[0].number}: {failed[0].reason}"
+            )
+        best = winner(trials, planned_rungs(self.options))
+        if best is None:
+            raise RunError("search: no trial was measured at the last rung; raise search.trials")
+        return best
+
+    def finish(self, best: Trial) -> None:
+        """Write the best configuration; measure it and the default in full, on the test data."""
+        default = final_config(self.config, self.options, "default")
+        won = final_config(self.space.apply(best.point), self.options, "best") if best.number else default
+        # As users know a run, with the baselines that a comparison with the default does without.
+        evaluate = won.evaluate.model_copy(update={"baselines": self.config.evaluate.baselines})
+        runnable = dump_yaml(won.model_copy(update={"evaluate": evaluate}))
+        storage.write_bytes(storage.join(self.root, BEST_FILE), runnable.encode())
+        for run in [default, won] if best.number else [default]:
+            execute(run, serial=self.serial)
+        found = {
+            "default": {"out": default.out, "top1": _accuracies(default)},
+            "winner": {"number": best.number, "out": won.out, "top1": _accuracies(won)},
         }
-    )
-    execute(prepared, ["squeeze"])
-    return prepared
+        storage.write_json(storage.join(self.config.out, FINAL_FILE), found)
 
+    def _space(self, config: Config) -> Space:
+        facts = self.ready.networks
+        pool = [name for name in config.teachers if facts[name].bn_channels and not facts[name].bn_repeated]
+        return make_space(config, pool)
 
-def _most_images(config: Config, options: SearchOptions) -> int:
-    """Real images of a class that recovery starts from, at most."""
-    if config.recover.init != "real":
-        return 1
-    return max([overrides(config, rung).recover.ipc for rung in options.rungs] + [config.recover.ipc])
+    def _bench(self, space: Space) -> Bench:
+        ready = self.ready
+        return Bench(space, self.options, ready.networks, ready.students, ready.data.num_classes)
 
+    def _claim(self) -> tuple[int, float]:
+        """Write ``search.yaml``; returns virtual machines and GPUs of a job, which are kept from an earlier start."""
+        where, options = storage.join(self.config.out, SEARCH_FILE), self.options
+        content = {
+            **self.config.identity(),
+            "evaluate": self.config.evaluate.model_dump(mode="json"),
+            # A longer search goes on where a shorter one ended.
+            "search": options.model_dump(mode="json", exclude={"trials", "final_seeds", "min_succeeded"}),
+            "data_fingerprints": self.ready.fingerprints,
+        }
+        if storage.exists(where):
+            kept = parse_yaml(storage.read_bytes(where), where)["provenance"]
+            changed = differences(kept["content"], content)
+            if changed:
+                names = ", ".join(changed[:6]) + (" …" if len(changed) > 6 else "")
+                raise UserError(
+                    f"out: {self.config.out} holds another search; it differs in {names}; choose another out"
+                )
+            parallel, gpus = kept["parallel"], kept["gpus"]
+        else:
+            parallel, gpus = self._room()
+        provenance = {"parallel": parallel, "gpus": gpus, "content": content}
+        claimed = dump_yaml(self.config.model_copy(update={"provenance": provenance}))
+        storage.write_bytes(where, claimed.encode())
+        return parallel, gpus
 
-def _try(
-    root: str,
-    prepared: Config,
-    options: SearchOptions,
-    ready: Ready,
-    pool: list[str],
-    parallel: int,
-    gpus: float,
-) -> list[Trial]:
-    """All trials."""
-    space = make_space(prepared.model_copy(update={"search": options}), pool)
-    bench = Bench(space, options, ready.networks, ready.students, ready.data.num_classes)
-    sampler = Sampler(
-        space.suggest,
-        space.defaults(),
-        options.sampler,
-        [{"top1_last": "top1"}.get(name, name) for name in options.objectives],
-        options.trials,
-        prepared.seed,
-    )
-    where = storage.join(root, TRIALS_FILE)
-    with StageProgress("search", options.trials, "trials") as shown:
+    def _room(self) -> tuple[int, float]:
+        """Virtual machines and GPUs of a job, by what the cluster can hold."""
+        options = self.options
+        if self.serial:
+            return options.parallel or 1, 0.0
+        from cluster.capacity import read_capacity
 
-        def tell(trial: Trial) -> None:
-            write_trials(where, ladder.trials)
-            shown.advance(_sentence(trial, len(bench.rungs)))
+        capacity = read_capacity()
+        gpus = options.gpus if options.gpus is not None else float(capacity.gpus > 0)
+        room = capacity.room(options.cpus, gpus)
+        if not room:
+            raise UserError(
+                f"search: a job asks for {options.cpus:g} CPUs and {gpus:g} GPUs, but no node has as many; lower "
+                "search.cpus or search.gpus"
+            )
+        return options.parallel or min(room, options.trials), gpus
 
-        ladder = Ladder(
+    def _prepare(self) -> Config:
+        """Cut the split and train teachers without it; returns the configuration with the split as its data."""
+        train, val = split_dataset(
+            self.ready.train,
+            storage.join(self.root, "data"),
+            self.options.split.per_class,
+            self.config.seed,
+            run_serial if self.serial else run_ray,
+            ActorResources(gpus=0),
+            need=self.most_images,
+        )
+        data = self.config.data.model_copy(update={"train": train, "val": val})
+        cut = self.config.model_copy(update={"out": storage.join(self.root, PREPARED), "data": data})
+        execute(cut.model_copy(update={"search": None}), ["squeeze"], serial=self.serial)
+        return cut
+
+    def _ladder(self, space: Space, bench: Bench, parallel: int, tell: Callable[[Trial], None]) -> Ladder:
+        from cluster.tune import Halving, Sampler
+
+        chosen = dict(OBJECTIVES[name] for name in self.options.objectives)
+        sampler = Sampler(
+            space.suggest, space.defaults(), self.options.sampler, chosen, self.options.trials, self.config.seed
+        )
+
+        def observe(number: int, found: Measured | None) -> None:
+            sampler.observe(number, {name: getattr(found, name) for name in chosen} if found else None)
+
+        return Ladder(
             sampler.suggest,
-            sampler.observe,
+            observe,
+            Halving(len(bench.rungs), self.options.reduction_factor).goes_on,
             space.point,
             bench.planned,
-            trials=options.trials,
+            trials=self.options.trials,
             rungs=len(bench.rungs),
             parallel=parallel,
-            reduction_factor=options.reduction_factor,
             tell=tell,
         )
-        return run_tune(root, bench, ladder, gpus)
+
+    def _run(self, bench: Bench, ladder: Ladder, gpus: float) -> None:
+        from cluster.tune import run_here, run_tune
+
+        work = make_work(self.root, bench)
+        if self.serial:
+            run_here(work, ladder)
+        else:
+            run_tune(work, ladder, self.root, self.options.cpus, gpus)
 
 
 def _sentence(trial: Trial, rungs: int) -> str:
@@ -210,52 +297,12 @@ def _sentence(trial: Trial, rungs: int) -> str:
     return f"trial {trial.number}: {trial.rungs[-1].top1:.2f} % at rung {len(trial.rungs)} of {rungs}"
 
 
-def _best(trials: list[Trial], options: SearchOptions) -> Trial:
-    """The winner, if there were trials enough.
-
-    Raises:
-        RunError: too many trials failed, or none was measured at the last rung.
-    """
-    failed = [trial for trial in trials if trial.state == "failed"]
-    if len(trials) - len(failed) < options.min_succeeded * len(trials):
-        raise RunError(
-            f"search: {len(failed)} of {len(trials)} trials failed, more than search.min_succeeded allows; trial "
-            f"{failed[0].number}: {failed[0].reason}"
-        )
-    best = winner(trials, planned_rungs(options))
-    if best is None:
-        raise RunError("search: no trial was measured at the last rung; raise search.trials")
-    return best
-
-
-def _finish(root: str, default: Config, number: int, best: Config) -> None:
-    """Default and winner, trial ``number``, in full; these see the test data."""
-    for run in [default, best] if number else [default]:
-        execute(run)
-    found = {name: {"out": run.out, "top1": _accuracies(run)} for name, run in (("default", default), ("winner", best))}
-    storage.write_json(storage.join(root, FINAL_FILE), {**found, "winner": {"number": number, **found["winner"]}})
-
-
 def _accuracies(config: Config) -> dict[str, list[float]]:
     """Student → top-1 after the last epoch of every seed."""
     found: dict[str, list[float]] = {}
     for result in storage.read_json(storage.join(config.out, SUMMARY_FILE))["results"]:
         found.setdefault(result["student"], []).append(result["top1_last"])
     return found
-
-
-def _show(config: Config, options: SearchOptions, ready: Ready, space: Space) -> None:
-    """What would be searched, and what the rungs are planned to cost."""
-    networks = check_networks(config, ready.data.num_classes)
-    bench = Bench(space, options, networks, ready.students, ready.data.num_classes)
-    _say(f"{config.name}: {options.trials} trials, {options.sampler}, objectives {', '.join(options.objectives)}")
-    for field, dimension in options.space.items():
-        kind = dimension.kind
-        _say(f"  {field}: {kind} {getattr(dimension, kind)}")
-    point = space.point(space.defaults())
-    for index, rung in enumerate(bench.rungs):
-        words = ", ".join(f"{field} = {value}" for field, value in rung.items()) or "as configured"
-        _say(f"  rung {index + 1}: {words}; about {bench.planned(point, index)[0]:.3g} GPU-seconds for the default")
 
 
 def _say(text: str) -> None:

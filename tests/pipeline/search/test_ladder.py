@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.tune import Halving, Sampler
 from pipeline.search.ladder import LOST, Ladder
-from pipeline.search.sampler import Sampler
 from pipeline.search.trial import Measured, Trial
 
 TRIALS, RUNGS = 12, 3
@@ -35,38 +35,38 @@ def planned(point: dict[str, Any], rung: int) -> tuple[float, float]:
     return distilling + 0.5, distilling
 
 
-def make(parallel: int = 3, kind: str = "tpe", told: list[Trial] | None = None) -> Ladder:
-    sampler = Sampler(space, FIRST, kind, ["top1"], TRIALS, 7)
+def make(parallel: int = 3, kind: str = "tpe", told: list[Trial] | None = None, **changes: Any) -> Ladder:
+    given = {"trials": TRIALS, "rungs": RUNGS, "objectives": {"top1": "max"}, **changes}
+    objectives = given.pop("objectives")
+    sampler = Sampler(space, FIRST, kind, objectives, given["trials"], 7)
+
+    def observe(number: int, found: Measured | None) -> None:
+        sampler.observe(number, {name: getattr(found, name) for name in objectives} if found else None)
+
     tell = told.append if told is not None else lambda trial: None
-    return Ladder(
-        sampler.suggest, sampler.observe, dict, planned, trials=TRIALS, rungs=RUNGS, parallel=parallel, tell=tell
-    )
+    halving = Halving(given["rungs"], 3.0)
+    return Ladder(sampler.suggest, observe, halving.goes_on, dict, planned, parallel=parallel, tell=tell, **given)
 
 
 def climb(ladder: Ladder, order: random.Random, room: int, result: Any = None) -> list[Trial]:
     """Run all jobs as a cluster with room for so many would, which end in any order."""
     running: dict[str, dict[str, Any]] = {}
     count = 0
-    while True:
-        job: Any = None
-        while len(running) < room:
-            job = ladder.suggest(f"job-{count}")
-            if not isinstance(job, dict):
-                break
-            running[f"job-{count}"] = job
+    while not ladder.finished:
+        while len(running) < room and (job := ladder.hand_out()):
+            running[job["key"]] = job
             count += 1
-        if not running:
-            assert job == "FINISHED"
-            assert count <= ladder.most_jobs
-            return ladder.trials
-        name = order.choice(sorted(running))
-        job = running.pop(name)
+        job = running.pop(order.choice(sorted(running)))
         if result is None:
             top1 = accuracy(job["point"], job["rung"])
             found: Any = {"top1": top1, "top1_seeds": [top1], "seconds": 1.0, "training_iteration": 1}
         else:
             found = result(job)
-        ladder.on_trial_complete(name, found, error=found is None)
+        ladder.take(job["key"], found)
+    assert not running
+    assert ladder.hand_out() is None
+    assert count <= ladder.most_jobs
+    return ladder.trials
 
 
 REFERENCE = climb(make(), random.Random(0), 3)
@@ -153,17 +153,11 @@ def test_failed_trials_say_why_and_the_others_go_on(bad: Any, reason: str) -> No
 def test_a_longer_search_begins_with_the_shorter_one() -> None:
     """So that search.trials may be raised later, where the sampler does not plan ahead."""
 
-    def run(trials: int) -> list[Trial]:
-        sampler = Sampler(space, FIRST, "random", ["top1"], trials, 7)
-        ladder = Ladder(sampler.suggest, sampler.observe, dict, planned, trials=trials, rungs=RUNGS, parallel=2)
-        return climb(ladder, random.Random(0), 2)
-
-    assert [trial.params for trial in run(20)][:TRIALS] == [trial.params for trial in run(TRIALS)]
+    short, long = (climb(make(kind="random", trials=count), random.Random(0), 2) for count in (TRIALS, 20))
+    assert [trial.params for trial in long][:TRIALS] == [trial.params for trial in short]
 
 
 def test_two_objectives_go_through_nsga() -> None:
-    sampler = Sampler(space, FIRST, "tpe", ["top1", "gpu_seconds"], TRIALS, 7)
-    ladder = Ladder(sampler.suggest, sampler.observe, dict, planned, trials=TRIALS, rungs=1, parallel=2)
-    trials = climb(ladder, random.Random(0), 2)
+    trials = climb(make(rungs=1, objectives={"top1": "max", "gpu_seconds": "min"}), random.Random(0), 2)
     assert {trial.state for trial in trials} == {"finished"}
     assert all(isinstance(trial.rungs[0], Measured) for trial in trials)

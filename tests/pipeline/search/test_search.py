@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from cluster import storage
+from cluster.shards import load_dataset
 from pipeline.search.table import read_trials
 
 SEARCH: dict[str, Any] = {
@@ -44,13 +45,10 @@ def measured(out: Path) -> dict[str, int]:
     return {p.name: p.stat().st_mtime_ns for p in (out / "search" / "measured").iterdir()}
 
 
-@pytest.mark.ray
-def test_a_search_ends_with_a_configuration_that_gives_the_winners_figures(
-    ray_local, prism, tiny_config, tmp_path
-) -> None:
+def test_a_search_ends_with_a_configuration_that_gives_the_winners_figures(prism, tiny_config, tmp_path) -> None:
     out = tmp_path / "out"
     config = tiny_config(out=str(out), search=SEARCH, evaluate={"baselines": []})
-    code, text, err = prism("search", config)
+    code, text, err = prism("search", config, "--serial")
     assert code == 0, err
     assert "best.yaml" in text
     assert "report.html" in text
@@ -61,6 +59,10 @@ def test_a_search_ends_with_a_configuration_that_gives_the_winners_figures(
     assert all(row["point"]["recover.bn_teachers"] for row in rows)
     assert {row["state"] for row in rows} <= {"finished", "stopped"}
     assert pq.read_table(out / "search" / "trials.parquet").num_rows == 4
+    # Teachers of the search have not seen the images on which it measures.
+    assert len(load_dataset(str(out / "search" / "data" / "val")).class_names) == 3
+    base = yaml.safe_load((out / "search" / "base" / "run.yaml").read_text())
+    assert base["data"]["train"].endswith("search/data/train")
 
     best = out / "search" / "best.yaml"
     settings = yaml.safe_load(best.read_text())
@@ -70,7 +72,7 @@ def test_a_search_ends_with_a_configuration_that_gives_the_winners_figures(
     assert winner["rungs"][-1]["top1"] == max(r["rungs"][-1]["top1"] for r in rows if r["state"] == "finished")
     assert {f"recover.{name}": settings["recover"][name] for name in ("r_bn", "bn_teachers")} == winner["point"]
     # The trials did not see the test data, the full runs did.
-    assert settings["data"]["val"] == yaml.safe_load(config.read_text())["data"]["val"]
+    assert settings["data"] == yaml.safe_load((out / "search" / "search.yaml").read_text())["data"]
     again = tmp_path / "again"
     code, _, err = prism("run", best, f"out={again}", "--serial")
     assert code == 0, err
@@ -80,20 +82,56 @@ def test_a_search_ends_with_a_configuration_that_gives_the_winners_figures(
 
     # The same command finds everything done.
     before = measured(out)
-    code, _, err = prism("search", config)
+    code, _, err = prism("search", config, "--serial")
     assert code == 0, err
     assert measured(out) == before
     assert table(out) == rows
 
-    code, _, err = prism("search", config, "search.space.recover.r_bn={log: [1, 100]}")
+    code, _, err = prism("search", config, "search.space.recover.r_bn={log: [1, 100]}", "--serial")
     assert code == 2
-    assert "holds another search" in err
+    assert "holds another search; it differs in search.space.recover.r_bn.log" in err
+    assert measured(out) == before
+
+
+def test_trials_that_fail_are_recorded_and_too_many_end_the_search(prism, tiny_config, tmp_path) -> None:
+    """A weight at which every unit diverges is one of two choices."""
+    space = {"recover.r_bn": {"choice": [10.0, 1e300]}, "recover.lr": {"log": [0.01, 1]}}
+    changes = {**SEARCH, "space": space, "trials": 5, "sampler": "random", "min_succeeded": 0.2}
+    config = tiny_config(out=str(tmp_path / "out"), search=changes, evaluate={"baselines": []})
+    code, _, err = prism("search", config, "--serial")
+    assert code == 0, err
+    rows = table(tmp_path / "out")
+    failed = [row for row in rows if row["state"] == "failed"]
+    assert 0 < len(failed) < len(rows)
+    for row in rows:
+        assert (row["state"] == "failed") == (row["point"]["recover.r_bn"] == 1e300)
+    assert all("unit-00000-00000" in row["reason"] for row in failed)
+    assert "failed" in (tmp_path / "out" / "search" / "report.html").read_text()
+
+    code, _, err = prism("search", config, "search.min_succeeded=1.0", "--serial")
+    assert code == 1
+    assert f"search: {len(failed)} of 5 trials failed, more than search.min_succeeded allows; trial" in err
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_ray_gives_the_table_of_the_serial_search(prism, ray_local, tiny_config, tmp_path) -> None:
+    tables = []
+    for name, words in (("ray", []), ("serial", ["--serial"])):
+        out = tmp_path / name
+        config = tiny_config(out=str(out), search={**SEARCH, "trials": 8}, evaluate={"baselines": []})
+        code, _, err = prism("search", config, *words)
+        assert code == 0, err
+        tables.append((table(out), json.loads((out / "search" / "final.json").read_text())))
+    (ray_table, ray_final), (serial_table, serial_final) = tables
+    assert ray_table == serial_table
+    assert ray_final["winner"]["top1"] == serial_final["winner"]["top1"]
 
 
 def test_a_search_needs_its_section(prism, tiny_config) -> None:
     code, _, err = prism("search", tiny_config())
     assert code == 2
-    assert "error: search: the configuration has no such section; add one" in err
+    assert "error: search: is not given; say what to vary, e.g. search: {space:" in err
 
 
 def test_dry_run_shows_the_space_and_the_rungs(prism, tiny_config, tmp_path) -> None:

@@ -1,0 +1,88 @@
+"""Ray Tune runs the jobs of a search: processes that die are run again, then given up; the others go on."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray.cloudpickle
+
+from cluster.tune import EXPERIMENT, RESTARTS, Halving, run_here, run_tune
+
+# Ray's workers cannot import a test module.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+class Chain:
+    """Three jobs at once, and a fourth when they are done."""
+
+    most_jobs = 4
+
+    def __init__(self) -> None:
+        self.left: list[dict[str, Any]] = [{"key": f"job-{number}", "x": number} for number in range(3)]
+        self.last: list[dict[str, Any]] = [{"key": "job-3", "x": 3}]
+        self.found: dict[Hashable, Any] = {}
+
+    @property
+    def finished(self) -> bool:
+        return len(self.found) == 4
+
+    def hand_out(self) -> dict[str, Any] | None:
+        if self.left:
+            return self.left.pop(0)
+        return self.last.pop() if self.last and len(self.found) == 3 else None
+
+    def take(self, key: Hashable, result: dict[str, Any] | None) -> None:
+        assert key not in self.found
+        self.found[key] = result and result["value"]
+
+
+def make_work(folder: str) -> Any:
+    def work(job: dict[str, Any]) -> dict[str, Any]:
+        (Path(folder) / f"{job['key']}-{time.monotonic_ns()}").touch()
+        if job["x"] == 1 and folder.endswith("ray"):
+            os._exit(1)  # as the kernel does to a process that takes too much memory
+        return {"value": float("nan") if job["x"] == 2 else 10.0 * job["x"], "reason": "some words"}
+
+    return work
+
+
+@pytest.mark.ray
+def test_jobs_run_under_tune(ray_local: None, tmp_path: Path) -> None:
+    folder = tmp_path / "ray"
+    folder.mkdir()
+    jobs = Chain()
+    run_tune(make_work(str(folder)), jobs, str(tmp_path), 0.5, 0.0)
+    assert jobs.found["job-0"] == 0.0
+    assert jobs.found["job-1"] is None
+    assert jobs.found["job-2"] != jobs.found["job-2"]
+    assert jobs.found["job-3"] == 30.0
+    # A process that ends may have been unlucky; a failure in words is not repeated.
+    starts = [path.name[:5] for path in folder.iterdir()]
+    assert [starts.count(f"job-{number}") for number in range(4)] == [1, 1 + RESTARTS, 1, 1]
+    # What people open with TensorBoard.
+    assert list((tmp_path / EXPERIMENT).rglob("events.out.tfevents*"))
+
+
+def test_jobs_run_here(tmp_path: Path) -> None:
+    jobs = Chain()
+    run_here(make_work(str(tmp_path)), jobs)
+    assert list(jobs.found) == [f"job-{number}" for number in range(4)]
+
+
+def test_halving_keeps_the_best_third() -> None:
+    """At every rung, of those that were seen there before; the first always goes on."""
+    halving = Halving(3, 3.0)
+    assert halving.goes_on(0, 0, 50.0)
+    assert not halving.goes_on(1, 0, 49.0)
+    assert halving.goes_on(2, 0, 60.0)
+    # The percentile of 49, 50, 60 at two thirds is 53.3.
+    assert not halving.goes_on(3, 0, 53.0)
+    assert halving.goes_on(4, 0, 57.0)
+    assert halving.goes_on(2, 1, 10.0)
+    assert not halving.goes_on(0, 1, 9.0)
