@@ -27,8 +27,9 @@ LEASE_FILE = "progress/driver.json"
 BEAT_S = 5.0
 # A driver that is alive misses some beats while it loads libraries or storage stalls.
 PATIENCE_BEATS = 6
-# Nothing of ours or Ray's uses it; unlike Ctrl-C's it is not ignored in what a shell started in the background.
-LOST_SIGNAL = signal.SIGUSR1
+# Nothing of ours or Ray's uses it, while Ray Tune takes SIGUSR1 for itself; unlike Ctrl-C's it is not ignored in what a
+# shell started in the background.
+LOST_SIGNAL = signal.SIGUSR2
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from cluster import rng, storage
-from cluster.errors import RunError, first_line
+from cluster.errors import RunError, first_line, redact
 
 EXPERIMENT = "tune"
-# A job whose process died is run again so often.
+# A job that raised, or whose process died, is run again so often.
 RESTARTS = 2
 Work = Callable[[dict[str, Any]], dict[str, Any]]
 """What a job does."""
@@ -136,7 +136,7 @@ class Jobs(Protocol):
         ...
 
     def take(self, key: Hashable, result: dict[str, Any] | None) -> None:
-        """A job's result; None: its process died."""
+        """A job's result; None: it raised, or its process died, again and again."""
         ...
 
 
@@ -172,23 +172,26 @@ class _Source(Searcher):
         return {}
 
 
-def run_tune(work: Work, jobs: Jobs, folder: str, cpus: float, gpus: float) -> None:
+def run_tune(work: Work, jobs: Jobs, folder: str, cpus: float, gpus: float, at_once: int) -> None:
     """Run all jobs in the running session, each in a process of its own on what Tune reserves for it.
 
     Tune's own records, with TensorBoard's, are under ``folder/tune``.
 
     Args:
-        work: makes a job's result, numbers and strings, ``value`` among them; raises nothing.
+        work: makes a job's result, numbers and strings, ``value`` among them. Where it raises, the job is run again.
         jobs: what to run.
         folder: local or ``s3://``.
         cpus: of a job.
         gpus: of a job.
+        at_once: jobs that may wait for room at the same time.
 
     Raises:
-        RunError: Tune gave up.
+        RunError: Tune gave up, or was stopped.
     """
     # Ctrl-C is the command's own; Tune's handler would wait for jobs that run for hours.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    # It would ask an autoscaler for the place of one job at a time.
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(at_once)
 
     def job(config: dict[str, Any]) -> None:
         tune.report(work(config))
@@ -199,7 +202,13 @@ def run_tune(work: Work, jobs: Jobs, folder: str, cpus: float, gpus: float) -> N
     share = PlacementGroupFactory([{"CPU": cpus} | ({"GPU": gpus} if gpus else {})])
     tuner = tune.Tuner(
         tune.with_resources(job, share),
-        tune_config=tune.TuneConfig(search_alg=_Source(jobs), num_samples=jobs.most_jobs, trial_name_creator=_name),
+        tune_config=tune.TuneConfig(
+            search_alg=_Source(jobs),
+            num_samples=jobs.most_jobs,
+            trial_name_creator=_name,
+            trial_dirname_creator=_name,
+            reuse_actors=True,
+        ),
         run_config=tune.RunConfig(
             name=EXPERIMENT,
             storage_path=where,
@@ -208,13 +217,14 @@ def run_tune(work: Work, jobs: Jobs, folder: str, cpus: float, gpus: float) -> N
             verbose=0,
         ),
     )
+    go_on = "what was measured is kept, run the same command again to go on"
     try:
         tuner.fit()
     except Exception as error:
-        raise RunError(
-            f"search: Ray Tune gave up ({first_line(error)}); what was measured is kept, run the same command again "
-            "to go on"
-        ) from error
+        raise RunError(f"search: Ray Tune gave up ({first_line(error)}); {go_on}") from error
+    # A signal that Tune takes for its own ends it as if all were done.
+    if not jobs.finished:
+        raise RunError(f"search: Ray Tune was stopped before all trials were done; {go_on}")
 
 
 def _name(trial: Any) -> str:
@@ -236,4 +246,8 @@ def run_here(work: Work, jobs: Jobs) -> None:
     while not jobs.finished:
         job = jobs.hand_out()
         assert job is not None, "no other is out"
-        jobs.take(job["key"], work(job))
+        try:
+            result = work(job)
+        except Exception as error:
+            result = {"reason": redact(f"{type(error).__name__}: {first_line(error)}")}
+        jobs.take(job["key"], result)

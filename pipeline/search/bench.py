@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import logging
-import traceback
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.errors import redact
+from cluster.errors import PrismError
 from pipeline.config import Config
 from pipeline.describe import cost
 from pipeline.plan import REFERENCE_STEP_FLOPS, REFERENCE_STEP_S, make_plan
 from pipeline.search.fields import overrides
-from pipeline.search.measure import lighten, measure, reason_of
+from pipeline.search.ladder import Ladder
+from pipeline.search.measure import lighten, look_up, measure
 from pipeline.search.options import SearchOptions
 from pipeline.search.space import Space
 from stages.teachers.describe import NetworkFacts
 
-log = logging.getLogger("prism")
 # Forward, and backward to weights and inputs.
 PASSES_OF_TRAINING = 3
 
@@ -33,6 +32,7 @@ class Bench:
         networks: teacher → facts of its architecture.
         students: the same of the students.
         num_classes: of the data.
+        gpu: whether a job has one, or a part.
     """
 
     space: Space
@@ -40,6 +40,7 @@ class Bench:
     networks: Mapping[str, NetworkFacts]
     students: Mapping[str, NetworkFacts]
     num_classes: int
+    gpu: bool = False
 
     @property
     def rungs(self) -> list[dict[str, Any]]:
@@ -54,7 +55,7 @@ class Bench:
     def config(self, point: Mapping[str, Any], rung: int) -> Config:
         """Of a job."""
         at_point = self.space.apply(dict(point))
-        return lighten(overrides(at_point, self.rungs[rung]), self.threads, self.options.seeds)
+        return lighten(overrides(at_point, self.rungs[rung]), self.threads, self.gpu, self.options.seeds)
 
     def planned(self, point: Mapping[str, Any], rung: int) -> tuple[float, float]:
         """GPU-seconds of a job on the reference GPU: of the whole, and of recovery and labelling alone."""
@@ -67,7 +68,9 @@ class Bench:
 
 
 def make_work(root: str, bench: Bench) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """What a job does, for ``cluster.tune``: fields of ``Measured``, or ``reason`` where it fails.
+    """What a job does, for ``cluster.tune``: fields of ``Measured``, or ``reason`` where its point cannot be measured.
+
+    What else goes wrong, on the machine or in storage, is raised.
 
     Args:
         root: folder of the search.
@@ -77,10 +80,48 @@ def make_work(root: str, bench: Bench) -> Callable[[dict[str, Any]], dict[str, A
     def work(job: dict[str, Any]) -> dict[str, Any]:
         try:
             found = measure(root, bench.config(job["point"], job["rung"]), job["key"])
-        except Exception as error:
+        except PrismError as error:
             # A point that fails is a result like another; the search goes on.
-            log.error("%s: %s", job["key"], redact(traceback.format_exc()))
-            return {"value": float("nan"), "reason": reason_of(error)}
+            return {"value": float("nan"), "reason": str(error)}
         return {"value": found.top1, **found.model_dump(mode="json")}
 
     return work
+
+
+class Remembered:
+    """The jobs of a ladder that are not known from an earlier start.
+
+    Args:
+        ladder: of the search.
+        root: folder of the search.
+        bench: of its jobs.
+    """
+
+    def __init__(self, ladder: Ladder, root: str, bench: Bench):
+        self._ladder, self._root, self._bench = ladder, root, bench
+        self.most_jobs = ladder.most_jobs
+        self._next: deque[dict[str, Any]] = deque()
+        self._know()
+
+    @property
+    def finished(self) -> bool:
+        """See ``Ladder``."""
+        return self._ladder.finished
+
+    def hand_out(self) -> dict[str, Any] | None:
+        """See ``Ladder``."""
+        return self._next.popleft() if self._next else None
+
+    def take(self, key: Any, result: dict[str, Any] | None) -> None:
+        """See ``Ladder``."""
+        self._ladder.take(key, result)
+        self._know()
+
+    def _know(self) -> None:
+        """Answer what is known, so that only the others wait to be handed out."""
+        while job := self._ladder.hand_out():
+            found = look_up(self._root, self._bench.config(job["point"], job["rung"]))
+            if found:
+                self._ladder.take(job["key"], found)
+            else:
+                self._next.append(job)

@@ -15,7 +15,10 @@ from typing import Any
 
 from pipeline.search.trial import Measured, Trial
 
-LOST = "its process ended again and again, most likely for want of memory; lower search.parallel or a rung's settings"
+LOST = (
+    "it failed again and again (search/tune/{}/error.txt says how), most likely for want of memory or of its machine; "
+    "for fewer jobs on a machine search again with a larger search.cpus and another out"
+)
 
 Job = tuple[int, int]
 """Trial and rung."""
@@ -83,11 +86,11 @@ class Ladder:
 
         Args:
             key: of the job.
-            result: fields of ``Measured``, or the ``reason`` of a failure; None: its process died.
+            result: fields of ``Measured``, or the ``reason`` of a failure; None: it failed without a word of its own.
         """
         _, number, _, rung = str(key).split("-")
         job = int(number), int(rung)
-        result = result or {"reason": LOST}
+        result = result or {"reason": LOST.format(key)}
         if result.get("reason"):
             self._arrived[job] = str(result["reason"])
         elif not math.isfinite(result["top1"]):

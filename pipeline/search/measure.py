@@ -7,9 +7,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from cluster import storage
-from cluster.errors import PrismError, redact
+from cluster.errors import PrismError, RunError, redact
 from cluster.ledger import content_key
 from cluster.progress import console
 from cluster.resources import ActorResources, TrainResources
@@ -23,6 +24,7 @@ from pipeline.work import recover_work
 from stages.evaluate.validate import read_results
 from stages.recover import stage as recovery
 from stages.recover.unit import RecoverUnit
+from stages.teachers.arch import code_sha256
 
 # What only decides which units there are: two pools whose draw for an index is the same share that unit.
 PLANNING = {
@@ -34,15 +36,17 @@ DRAWING = {"selection", "include_prob", "max_bn_teachers"}
 PREPARED = "base"
 
 
-def lighten(config: Config, threads: int, seeds: list[int]) -> Config:
-    """A configuration as a job runs it: nothing but its own students, on the threads that it has.
+def lighten(config: Config, threads: int, gpu: bool, seeds: list[int]) -> Config:
+    """A configuration as a job runs it: nothing but its own students, on what it has.
 
     Args:
         config: at a point and a rung.
         threads: of torch.
+        gpu: whether it has one, or a part; else it leaves those that it may see to others.
         seeds: of the students.
     """
-    actors, trainers = ActorResources(threads=threads), TrainResources(threads=threads)
+    actors = ActorResources(threads=threads, gpus=None if gpu else 0)
+    trainers = TrainResources(threads=threads, gpu=None if gpu else False)
     resources = ResourcesConfig(recover=actors, relabel=actors, evaluate=trainers, validate=actors)
     protocol = config.evaluate.protocol.model_copy(update={"val_every": config.relabel.epochs})
     evaluate = config.evaluate.model_copy(update={"seeds": seeds, "baselines": [], "protocol": protocol})
@@ -82,10 +86,17 @@ class JobRun(Run):
         return content_key(content)
 
     @cached_property
+    def label_identity(self) -> str:
+        """Of labels, which are not shared."""
+        return self.key
+
+    @cached_property
     def key(self) -> str:
         """Hash of all that the result depends on."""
         config = self.config.model_dump(mode="json", by_alias=True, exclude={"name", "out", "provenance", "data"})
-        return content_key(config, self.image_identity, self.ready.val.fingerprint)
+        networks = [*self.config.teachers.values(), *self.config.evaluate.students.values()]
+        code = [code_sha256(network.arch) for network in networks]
+        return content_key(config, code, self.image_identity, self.ready.val.fingerprint)
 
 
 def measure(root: str, config: Config, job: str) -> Measured:
@@ -97,33 +108,60 @@ def measure(root: str, config: Config, job: str) -> Measured:
         job: names the job's own folder, in which it goes on when it was interrupted.
 
     Raises:
-        PrismError: see the stages.
+        PrismError: the point cannot be measured, now or at an earlier time; see the stages.
     """
     with _quiet():
-        train, val, data = check_data(config)
-        out = storage.join(root, "jobs", job)
-        run = JobRun(config.model_copy(update={"out": out}), Ready(train, val, data, {}, {}), run_serial, True, root)
-        where = storage.join(root, "measured", f"{run.key}.json")
-        if storage.exists(where):
-            return Measured(**storage.read_json(where))
-        start = time.monotonic()
-        shared = _fetch(run)
-        steps.recover(run)
-        _publish(run)
-        steps.relabel(run)
-        steps.evaluate(run)
-        top1 = [result["top1_last"] for result in read_results(run.out, steps.jobs_of(run))]
-        found = Measured(
-            top1=sum(top1) / len(top1),
-            top1_seeds=top1,
-            gpu_seconds=0.0,
-            seconds=round(time.monotonic() - start, 2),
-            units=len(run.units),
-            units_shared=shared,
-        )
-        storage.write_json(where, found.model_dump(mode="json"))
-        storage.remove(out)
-        return found
+        run = _run(root, config, job)
+        found = _known(run)
+        if found is None:
+            start = time.monotonic()
+            try:
+                found = {**_measure(run), "seconds": round(time.monotonic() - start, 2)}
+            except PrismError as error:
+                found = {"reason": redact(" ".join(str(error).split()))[:500]}
+            storage.write_json(_record(run), found)
+            storage.remove(run.out)
+        if "reason" in found:
+            raise RunError(found["reason"])
+        return Measured(**found)
+
+
+def look_up(root: str, config: Config) -> dict[str, Any] | None:
+    """What ``measure`` found: fields of ``Measured``, or the ``reason`` of a failure; None: it was not called yet."""
+    return _known(_run(root, config, "none"))
+
+
+def _run(root: str, config: Config, job: str) -> JobRun:
+    train, val, data = check_data(config)
+    ready = Ready(train, val, data, {}, {})
+    named = JobRun(config, ready, run_serial, True, root)
+    # By content too: another search, or a longer one, may give the job's name to another point.
+    out = storage.join(root, "jobs", f"{job}-{named.key[:12]}")
+    return JobRun(config.model_copy(update={"out": out}), ready, run_serial, True, root)
+
+
+def _record(run: JobRun) -> str:
+    return storage.join(run.root, "measured", f"{run.key}.json")
+
+
+def _known(run: JobRun) -> dict[str, Any] | None:
+    return dict(storage.read_json(_record(run))) if storage.exists(_record(run)) else None
+
+
+def _measure(run: JobRun) -> dict[str, Any]:
+    shared = _fetch(run)
+    steps.recover(run)
+    _publish(run)
+    steps.relabel(run)
+    steps.evaluate(run)
+    top1 = [result["top1_last"] for result in read_results(run.out, steps.jobs_of(run))]
+    return {
+        "top1": sum(top1) / len(top1),
+        "top1_seeds": top1,
+        "gpu_seconds": 0.0,
+        "units": len(run.units),
+        "units_shared": shared,
+    }
 
 
 def _fetch(run: JobRun) -> int:
@@ -169,9 +207,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         console.quiet = before
-
-
-def reason_of(error: BaseException) -> str:
-    """Why a job failed, in one line without secrets."""
-    words = str(error) if isinstance(error, PrismError) else f"{type(error).__name__}: {error}"
-    return redact(" ".join(words.split()))[:500]

@@ -6,12 +6,13 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from cluster import storage
 from cluster.errors import RunError, UserError
 from cluster.lease import Lease
 from cluster.progress import StageProgress, console
-from cluster.resources import ActorResources
+from cluster.resources import WORKER_BYTES, ActorResources
 from cluster.runner import run_ray, run_serial
 from cluster.session import ray_session
 from pipeline.config import Config
@@ -20,9 +21,9 @@ from pipeline.paths import absolute
 from pipeline.preflight import Ready, preflight
 from pipeline.run import execute
 from pipeline.rundir import differences
-from pipeline.search.bench import Bench, make_work
+from pipeline.search.bench import Bench, Remembered, make_work
 from pipeline.search.fields import overrides
-from pipeline.search.findings import planned_rungs, winner
+from pipeline.search.findings import gain, planned_rungs, winner
 from pipeline.search.ladder import Ladder
 from pipeline.search.measure import PREPARED
 from pipeline.search.options import SearchOptions
@@ -34,6 +35,8 @@ from pipeline.search.trial import Measured, Trial
 from pipeline.summary import SUMMARY_FILE
 
 FOLDER, BEST_FILE = "search", "best.yaml"
+# Where the number of virtual machines is left open, so many results come for each of them.
+LESSONS = 8
 # Names of the objectives in ``Measured``, and which way is better.
 OBJECTIVES = {"top1_last": ("top1", "max"), "gpu_seconds": ("gpu_seconds", "min")}
 
@@ -64,8 +67,13 @@ def search(config: Config, *, dry_run: bool = False, serial: bool = False) -> No
         return
     session = contextlib.nullcontext() if serial else ray_session(config.resources.session)
     with Lease(found.root, say=_say) as lease, session, lease.guard():
-        best = found.best_of(found.try_all())
+        trials = found.try_all()
+        report = write_search_report(config.out)
+        best = found.best_of(trials, report)
+        lease.check()
         found.finish(best)
+    for words in found.verdicts():
+        _say(words)
     _say(f"best: {storage.join(found.root, BEST_FILE)}")
     _say(f"report: {write_search_report(config.out)}")
 
@@ -121,10 +129,13 @@ class Search:
     @property
     def most_images(self) -> int:
         """Real images of a class that recovery starts from, at most."""
-        if self.config.recover.init != "real":
+        init = self.options.space.get("recover.init")
+        if "real" not in [self.config.recover.init, *((init.choice or []) if init else [])]:
             return 1
         at_rungs = [overrides(self.config, rung).recover.ipc for rung in self.options.rungs]
-        return max([*at_rungs, self.config.recover.ipc])
+        searched = self.options.space.get("recover.ipc")
+        tried = (searched.choice or searched.integer or []) if searched else []
+        return max([*at_rungs, *tried, self.config.recover.ipc])
 
     def show(self) -> None:
         """What would be searched, and what its rungs are planned to cost."""
@@ -144,21 +155,25 @@ class Search:
             UserError: the folder holds another search, or a job fits nowhere.
             RunError: Tune gave up, or the teachers could not be trained.
         """
-        parallel, gpus = self._claim()
+        kept = self._claim()
         space = self._space(self._prepare())
-        bench = self._bench(space)
+        bench = self._bench(space, gpu=kept["gpus"] > 0)
         with StageProgress("search", self.options.trials, "trials") as shown:
 
             def tell(trial: Trial) -> None:
                 write_trials(storage.join(self.config.out, TRIALS_FILE), ladder.trials)
                 shown.advance(_sentence(trial, len(bench.rungs)))
 
-            ladder = self._ladder(space, bench, parallel, tell)
-            self._run(bench, ladder, gpus)
+            ladder = self._ladder(space, bench, kept, tell)
+            self._run(bench, ladder, kept)
         return ladder.trials
 
-    def best_of(self, trials: list[Trial]) -> Trial:
+    def best_of(self, trials: list[Trial], report: str) -> Trial:
         """The winner.
+
+        Args:
+            trials: all.
+            report: where more is said, for errors.
 
         Raises:
             RunError: too many trials failed, or none was measured at the last rung.
@@ -167,17 +182,19 @@ class Search:
         if len(trials) - len(failed) < self.options.min_succeeded * len(trials):
             raise RunError(
                 f"search: {len(failed)} of {len(trials)} trials failed, more than search.min_succeeded allows; trial "
-                f"{failed[0].number}: {failed[0].reason}"
+                f"{failed[0].number}: {failed[0].reason}; all reasons are in {report}"
             )
         best = winner(trials, planned_rungs(self.options))
         if best is None:
-            raise RunError("search: no trial was measured at the last rung; raise search.trials")
+            raise RunError(f"search: no trial was measured at the last rung ({report}); raise search.trials")
         return best
 
     def finish(self, best: Trial) -> None:
         """Write the best configuration; measure it and the default in full, on the test data."""
         default = final_config(self.config, self.options, "default")
-        won = final_config(self.space.apply(best.point), self.options, "best") if best.number else default
+        # By its number: a longer search may have another winner.
+        name = f"trial-{best.number:05d}"
+        won = final_config(self.space.apply(best.point), self.options, name) if best.number else default
         # As users know a run, with the baselines that a comparison with the default does without.
         evaluate = won.evaluate.model_copy(update={"baselines": self.config.evaluate.baselines})
         runnable = dump_yaml(won.model_copy(update={"evaluate": evaluate}))
@@ -195,12 +212,15 @@ class Search:
         pool = [name for name in config.teachers if facts[name].bn_channels and not facts[name].bn_repeated]
         return make_space(config, pool)
 
-    def _bench(self, space: Space) -> Bench:
+    def _bench(self, space: Space, gpu: bool = False) -> Bench:
         ready = self.ready
-        return Bench(space, self.options, ready.networks, ready.students, ready.data.num_classes)
+        return Bench(space, self.options, ready.networks, ready.students, ready.data.num_classes, gpu)
 
-    def _claim(self) -> tuple[int, float]:
-        """Write ``search.yaml``; returns virtual machines and GPUs of a job, which are kept from an earlier start."""
+    def _claim(self) -> dict[str, Any]:
+        """Write ``search.yaml``; returns what stays as at the first start of this search, for the table hangs on it.
+
+        ``parallel`` = virtual machines, ``gpus`` = of a job, ``trials`` = by which the sampler plans.
+        """
         where, options = storage.join(self.config.out, SEARCH_FILE), self.options
         content = {
             **self.config.identity(),
@@ -217,13 +237,13 @@ class Search:
                 raise UserError(
                     f"out: {self.config.out} holds another search; it differs in {names}; choose another out"
                 )
-            parallel, gpus = kept["parallel"], kept["gpus"]
         else:
             parallel, gpus = self._room()
-        provenance = {"parallel": parallel, "gpus": gpus, "content": content}
-        claimed = dump_yaml(self.config.model_copy(update={"provenance": provenance}))
+            kept = {"parallel": parallel, "gpus": gpus, "trials": options.trials, "content": content}
+        claimed = dump_yaml(self.config.model_copy(update={"provenance": kept}))
         storage.write_bytes(where, claimed.encode())
-        return parallel, gpus
+        _say(f"search: {options.trials} trials on {kept['parallel']} virtual machines, {kept['gpus']:g} GPUs a job")
+        return kept
 
     def _room(self) -> tuple[int, float]:
         """Virtual machines and GPUs of a job, by what the cluster can hold."""
@@ -240,7 +260,10 @@ class Search:
                 f"search: a job asks for {options.cpus:g} CPUs and {gpus:g} GPUs, but no node has as many; lower "
                 "search.cpus or search.gpus"
             )
-        return options.parallel or min(room, options.trials), gpus
+        if not gpus:
+            room = max(1, min(room, int(min(capacity.memory / WORKER_BYTES, room))))
+        # The more at once, the less each suggestion has learnt from: of 24 at once, nothing.
+        return options.parallel or min(room, max(1, options.trials // LESSONS)), gpus
 
     def _prepare(self) -> Config:
         """Cut the split and train teachers without it; returns the configuration with the split as its data."""
@@ -254,16 +277,19 @@ class Search:
             need=self.most_images,
         )
         data = self.config.data.model_copy(update={"train": train, "val": val})
-        cut = self.config.model_copy(update={"out": storage.join(self.root, PREPARED), "data": data})
+        evaluate = self.config.evaluate.model_copy(update={"baselines": []})
+        cut = self.config.model_copy(
+            update={"out": storage.join(self.root, PREPARED), "data": data, "evaluate": evaluate}
+        )
         execute(cut.model_copy(update={"search": None}), ["squeeze"], serial=self.serial)
         return cut
 
-    def _ladder(self, space: Space, bench: Bench, parallel: int, tell: Callable[[Trial], None]) -> Ladder:
+    def _ladder(self, space: Space, bench: Bench, kept: dict[str, Any], tell: Callable[[Trial], None]) -> Ladder:
         from cluster.tune import Halving, Sampler
 
         chosen = dict(OBJECTIVES[name] for name in self.options.objectives)
         sampler = Sampler(
-            space.suggest, space.defaults(), self.options.sampler, chosen, self.options.trials, self.config.seed
+            space.suggest, space.defaults(), self.options.sampler, chosen, kept["trials"], self.config.seed
         )
 
         def observe(number: int, found: Measured | None) -> None:
@@ -277,18 +303,27 @@ class Search:
             bench.planned,
             trials=self.options.trials,
             rungs=len(bench.rungs),
-            parallel=parallel,
+            parallel=kept["parallel"],
             tell=tell,
         )
 
-    def _run(self, bench: Bench, ladder: Ladder, gpus: float) -> None:
+    def _run(self, bench: Bench, ladder: Ladder, kept: dict[str, Any]) -> None:
         from cluster.tune import run_here, run_tune
 
-        work = make_work(self.root, bench)
+        work, jobs = make_work(self.root, bench), Remembered(ladder, self.root, bench)
+        if jobs.finished:
+            return
         if self.serial:
-            run_here(work, ladder)
+            run_here(work, jobs)
         else:
-            run_tune(work, ladder, self.root, self.options.cpus, gpus)
+            run_tune(work, jobs, self.root, self.options.cpus, kept["gpus"], kept["parallel"])
+
+    def verdicts(self) -> list[str]:
+        """What the full runs say, a sentence a student."""
+        final = storage.read_json(storage.join(self.config.out, FINAL_FILE))
+        default, won = final["default"]["top1"], final["winner"]["top1"]
+        number = final["winner"]["number"]
+        return [f"{name}: {gain(default[name], won[name], number).sentence}" for name in default]
 
 
 def _sentence(trial: Trial, rungs: int) -> str:

@@ -16,6 +16,7 @@ from cluster.resources import TrainResources
 from cluster.runner import Row
 from cluster.worker import Worker
 from stages.data import DataSpec
+from stages.device import pick_device
 from stages.evaluate.core import StudentTraining, new_student, train_student
 from stages.evaluate.jobs import StudentJob
 from stages.evaluate.store import StudentStore
@@ -55,7 +56,7 @@ def train_students(
     with follow(progress_uri, "train", sum(job.epochs for job in pending), "epochs"):
         if serial:
             with torch_threads(resources.threads):
-                train_jobs(out_uri, pending, data, Worker())
+                train_jobs(out_uri, pending, data, Worker(str(pick_device(resources.gpu is not False))))
         else:
             from cluster.training import run_trainers, settle
 

@@ -18,6 +18,7 @@ from cluster.rng import derive_seed
 from cluster.shards import Dataset, load_dataset
 from cluster.worker import Worker
 from stages.data import DataSpec
+from stages.device import pick_device
 from stages.squeeze.augment import check_squeeze
 from stages.squeeze.core import Diverged, TeacherTraining, train_epochs
 from stages.squeeze.data import RealImages
@@ -109,7 +110,7 @@ def squeeze_teachers(
             }
             if serial:
                 with torch_threads(settled.threads):
-                    run_jobs(arguments, range(len(phase)), Worker())
+                    run_jobs(arguments, range(len(phase)), Worker(str(pick_device(resources.gpu is not False))))
             else:
                 from cluster.training import run_trainers
 

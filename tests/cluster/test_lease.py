@@ -176,7 +176,7 @@ def test_lost_lease_ends_the_body_and_leaves_the_others_file(out):
         body()
     assert "process 4242 on node-7" in str(lost.value)
     assert read_holder(out).id == "other"  # type: ignore[union-attr]
-    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGUSR2) == signal.SIG_DFL
 
 
 def test_ctrl_c_stays_ctrl_c_and_releases(out):

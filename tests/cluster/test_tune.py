@@ -57,7 +57,7 @@ def test_jobs_run_under_tune(ray_local: None, tmp_path: Path) -> None:
     folder = tmp_path / "ray"
     folder.mkdir()
     jobs = Chain()
-    run_tune(make_work(str(folder)), jobs, str(tmp_path), 0.5, 0.0)
+    run_tune(make_work(str(folder)), jobs, str(tmp_path), 0.5, 0.0, 2)
     assert jobs.found["job-0"] == 0.0
     assert jobs.found["job-1"] is None
     assert jobs.found["job-2"] != jobs.found["job-2"]

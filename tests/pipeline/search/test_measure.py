@@ -12,9 +12,16 @@ from cluster.errors import RunError
 from pipeline.config import Config
 from pipeline.loading import load_config
 from pipeline.run import execute
-from pipeline.search.measure import PREPARED, lighten, measure, reason_of
+from pipeline.search.measure import PREPARED, lighten, look_up, measure
 
 BOTH = "recover.bn_teachers=[res, conv]"
+SOURCE = """
+from stages.teachers.networks import NETWORKS
+
+
+def make(num_classes):
+    return NETWORKS["convnet_d3"](num_classes=num_classes, in_chans=3, width={width})
+"""
 
 
 @pytest.fixture
@@ -31,7 +38,7 @@ def job(tiny_config):
 
     def make(*overrides: str, seeds: tuple[int, ...] = (0,)) -> Config:
         words = ["recover.selection=fixed", *overrides]
-        return lighten(load_config(str(tiny_config()), words), 1, list(seeds))
+        return lighten(load_config(str(tiny_config()), words), 1, False, list(seeds))
 
     return make
 
@@ -51,7 +58,7 @@ def test_a_job_measures_what_a_run_does(root, job, tiny_config, tmp_path) -> Non
     assert found.top1 == pytest.approx(sum(top1) / 2)
     assert (found.units, found.units_shared) == (2, 0)
     # A job leaves its figures and its units, nothing else.
-    assert not (root / "jobs" / "00000-0").exists()
+    assert not list((root / "jobs").iterdir())
     assert len(files(root)) == 2 * 2
 
 
@@ -98,7 +105,7 @@ def test_an_interrupted_job_goes_on(root, job, monkeypatch) -> None:
         patch.setattr(steps, "relabel", killed)
         with pytest.raises(KeyboardInterrupt):
             measure(str(root), job(), "00000-0")
-    kept = {p: p.stat().st_mtime_ns for p in (root / "jobs" / "00000-0" / "recovered").iterdir()}
+    kept = {p: p.stat().st_mtime_ns for p in (root / "jobs").glob("00000-0-*/recovered/*")}
     assert len(kept) == 2
 
     seen = {}
@@ -113,14 +120,69 @@ def test_an_interrupted_job_goes_on(root, job, monkeypatch) -> None:
     assert seen == kept
 
 
-def test_a_point_that_diverges_fails_in_words(root, job) -> None:
-    with pytest.raises(RunError) as error:
-        measure(str(root), job("recover.r_bn=1e300"), "00000-0")
-    told = reason_of(error.value)
-    assert "unit-00000-00000" in told["reason"]
-    assert told["top1"] != told["top1"]
+def test_what_another_point_left_under_the_same_name_is_not_taken(root, job, monkeypatch) -> None:
+    """Killed when all was done but the figures: labels and students of one pool are not those of another."""
+    from pipeline.search import measure as module
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.storage, "write_json", _interrupt(module.storage.write_json, "measured"))
+        with pytest.raises(KeyboardInterrupt):
+            measure(str(root), job(BOTH), "00000-0")
+    assert list((root / "jobs").glob("00000-0-*/eval/*.json"))
+    alone = measure(str(root), job("recover.bn_teachers=[conv]", "recover.logit_teachers=[conv]"), "00001-0")
+    shutil.rmtree(root / "measured")
+    again = measure(str(root), job("recover.bn_teachers=[conv]", "recover.logit_teachers=[conv]"), "00000-0")
+    assert again.top1_seeds == alone.top1_seeds
+    assert again.seconds > 0.2
 
 
-def test_reasons_hold_no_secrets(monkeypatch) -> None:
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "sesame-open-sesame")
-    assert "sesame" not in reason_of(ValueError("denied: sesame-open-sesame"))["reason"]
+def _interrupt(real, part: str):
+    def write(uri: str, value) -> None:
+        if f"/{part}/" in uri:
+            raise KeyboardInterrupt
+        real(uri, value)
+
+    return write
+
+
+def test_a_point_that_diverges_fails_in_words_and_is_not_tried_again(root, job) -> None:
+    config = job("recover.r_bn=1e300")
+    assert look_up(str(root), config) is None
+    with pytest.raises(RunError, match="unit-00000-00000"):
+        measure(str(root), config, "00000-0")
+    assert "unit-00000-00000" in (look_up(str(root), config) or {})["reason"]
+    assert not list((root / "jobs").iterdir())
+    with pytest.raises(RunError, match="unit-00000-00000"):
+        measure(str(root), config, "00005-0")
+
+
+def test_what_the_machine_does_is_no_result(root, job, monkeypatch) -> None:
+    """A full disk is not the point's fault: nothing is recorded, the job is run again."""
+    from pipeline import steps
+
+    def full(run) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "relabel", full)
+        with pytest.raises(OSError, match="No space left"):
+            measure(str(root), job(), "00000-0")
+    assert look_up(str(root), job()) is None
+    measure(str(root), job(), "00000-0")
+    assert look_up(str(root), job()) is not None
+
+
+def test_a_users_network_counts_by_its_code(root, tiny_config, tmp_path) -> None:
+    code = tmp_path / "nets.py"
+
+    def config():
+        words = ["recover.selection=fixed"]
+        student = {"mine": {"arch": f"user:{code}:make"}}
+        return lighten(load_config(str(tiny_config(evaluate={"students": student})), words), 1, False, [0])
+
+    source = SOURCE
+    code.write_text(source.format(width=4))
+    measure(str(root), config(), "00000-0")
+    assert look_up(str(root), config()) is not None
+    code.write_text(source.format(width=8))
+    assert look_up(str(root), config()) is None
