@@ -133,7 +133,6 @@ def test_what_another_point_left_under_the_same_name_is_not_taken(root, job, mon
     shutil.rmtree(root / "measured")
     again = measure(str(root), job("recover.bn_teachers=[conv]", "recover.logit_teachers=[conv]"), "00000-0")
     assert again.top1_seeds == alone.top1_seeds
-    assert again.seconds > 0.2
 
 
 def _interrupt(real, part: str):
