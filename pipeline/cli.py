@@ -161,13 +161,20 @@ def status(
 
 @app.command()
 def report(out: Annotated[str, typer.Argument(help="A run directory")], dry_run: DryRun = False) -> None:
-    """Write report.html again."""
+    """Write report.html of a run, or of a search, again."""
+    from cluster import storage
     from pipeline.report import write_report
-    from pipeline.rundir import read_run
+    from pipeline.rundir import RUN_FILE, read_run
+    from pipeline.search.report import SEARCH_FILE, write_search_report
 
-    read_run(out)
-    where = write_report(out, dry_run=dry_run)
-    console.print(f"{'would write' if dry_run else 'wrote'} {where}", soft_wrap=True)
+    searched = storage.exists(storage.join(out, SEARCH_FILE))
+    written = [write_search_report(out, dry_run=dry_run)] if searched else []
+    # A directory may hold both.
+    if not searched or storage.exists(storage.join(out, RUN_FILE)):
+        read_run(out)
+        written.append(write_report(out, dry_run=dry_run))
+    for where in written:
+        console.print(f"{'would write' if dry_run else 'wrote'} {where}", soft_wrap=True)
 
 
 @app.command()

@@ -34,7 +34,7 @@ FOREMOST = "recover.r_bn"
 Record = dict[str, Any]
 
 
-def write_search_report(out: str) -> str:
+def write_search_report(out: str, *, dry_run: bool = False) -> str:
     """Render ``OUT/search/report.html`` from ``trials.parquet``, ``search.yaml`` and ``final.json`` beside it.
 
     ``search.yaml`` is the resolved configuration with its ``search`` section. ``final.json`` has the full runs:
@@ -43,6 +43,7 @@ def write_search_report(out: str) -> str:
 
     Args:
         out: directory of the search, local or ``s3://``.
+        dry_run: render, write nothing.
 
     Returns:
         Path of the page.
@@ -85,7 +86,8 @@ def write_search_report(out: str) -> str:
         units=_units(trials),
     )
     report = storage.join(out, REPORT_FILE)
-    storage.write_bytes(report, page.encode())
+    if not dry_run:
+        storage.write_bytes(report, page.encode())
     return report
 
 

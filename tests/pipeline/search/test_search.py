@@ -87,6 +87,13 @@ def test_a_search_ends_with_a_configuration_that_gives_the_winners_figures(prism
     assert measured(out) == before
     assert table(out) == rows
 
+    report = out / "search" / "report.html"
+    report.unlink()
+    code, text, err = prism("report", out)
+    assert code == 0, err
+    assert str(report) in text
+    assert report.exists()
+
     code, _, err = prism("search", config, "search.space.recover.r_bn={log: [1, 100]}", "--serial")
     assert code == 2
     assert "holds another search; it differs in search.space.recover.r_bn.log" in err
