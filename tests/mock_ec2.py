@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -148,7 +149,11 @@ def ray_up(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Head]:
     market.install(monkeypatch)
     cluster = yaml.safe_load((ROOT / FILE).read_text())
     region = cluster["provider"]["region"]
-    with moto.mock_aws():
+    # An account of its own, and nothing is reset: the S3 server of other tests keeps its buckets in the same mock.
+    monkeypatch.setenv("MOTO_ACCOUNT_ID", f"{random.randrange(10**12):012d}")
+    mock = moto.mock_aws()
+    mock.start(reset=False)
+    try:
         iam = boto3.client("iam", region_name=region)
         for name in ("prism-head", "prism-worker"):
             iam.create_instance_profile(InstanceProfileName=name)
@@ -164,5 +169,7 @@ def ray_up(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Head]:
         market.asked.clear()
         _clear_provider_cache()  # the head is another machine
         yield Head(recorded, home / "ray_bootstrap_config.yaml", ec2, market)
+    finally:
+        mock.stop(remove_data=False)
     resource_cache.cache_clear()
     _clear_provider_cache()
