@@ -141,7 +141,7 @@ def test_foreign_and_half_written_shards_are_redone(prism, config, serial_run):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("actors", [1, 2])
+@pytest.mark.parametrize("actors", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_ray_gives_the_serial_bytes(prism, config, serial_run, tmp_path, ray_local, actors):
     out = tmp_path / f"actors{actors}"
     path = config(out, resources={"recover": {"actors": actors}, "relabel": {"actors": actors}})
@@ -213,10 +213,9 @@ def test_sigkill_of_the_driver_then_the_same_command(prism, config, tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(
-    "stage", ["squeeze", *(pytest.param(name, marks=pytest.mark.slow) for name in ("recover", "evaluate"))]
-)
+@pytest.mark.parametrize("stage", ["squeeze", "recover", "evaluate"])
 def test_ctrl_c_is_one_sentence(config, tmp_path, prism, stage):
     """The whole group gets the signal, as from a terminal; also while Ray Train works."""
     long = {"squeeze": {"epochs": 5000}, "recover": {"iterations": 10**6}, "relabel": {"epochs": 2000, "batch": 6}}
