@@ -190,6 +190,8 @@ def run_tune(work: Work, jobs: Jobs, folder: str, cpus: float, gpus: float, at_o
     """
     # Ctrl-C is the command's own; Tune's handler would wait for jobs that run for hours.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    # Its boxes would stand among the progress, whatever ``verbose`` says.
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     # It would ask an autoscaler for the place of one job at a time.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(at_once)
 
