@@ -205,6 +205,7 @@ def test_rays_commands_find_the_cluster(head, tmp_path, monkeypatch) -> None:
     commands.attach_cluster(FILE, start=False, use_screen=False, use_tmux=False, override_cluster_name=None)
     commands.exec_cluster(FILE, port_forward=[(8265, 8265)])  # ray dashboard
     commands.teardown_cluster(FILE, True, False, None, False)
+    # Words that the stand-in for ssh was given, for other machines; nothing of them runs here.
     called = (tmp_path / "called").read_text()
     assert all(said in called for said in ("logs/monitor*", "bash", "8265:localhost:8265", "ray stop"))
     assert not head.machines()
