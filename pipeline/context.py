@@ -164,9 +164,10 @@ class Run:
                 metrics.update(writer.record, row)
                 progress.advance(f"failed: {row['id']}" if row["error"] else "")
         raise_failures(title, results, len(rows))
-        # Nothing of it will be started again.
-        for records in (records for each in stages for records in (each.attempts, each.starts) if records):
-            records.clear()
+        if rows:
+            # Nothing of it will be started again.
+            for records in (records for each in stages for records in (each.attempts, each.starts) if records):
+                records.clear()
         return results
 
 
