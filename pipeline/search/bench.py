@@ -12,6 +12,7 @@ from pipeline.config import Config
 from pipeline.describe import cost
 from pipeline.plan import REFERENCE_STEP_FLOPS, REFERENCE_STEP_S, make_plan
 from pipeline.search.fields import overrides
+from pipeline.search.findings import planned_rungs
 from pipeline.search.ladder import Ladder
 from pipeline.search.measure import lighten, look_up, measure
 from pipeline.search.options import SearchOptions
@@ -45,7 +46,7 @@ class Bench:
     @property
     def rungs(self) -> list[dict[str, Any]]:
         """Overrides of every rung; with two objectives the last alone, since ASHA knows one."""
-        return self.options.rungs if len(self.options.objectives) == 1 else self.options.rungs[-1:]
+        return self.options.rungs[-planned_rungs(self.options) :]
 
     @property
     def threads(self) -> int:

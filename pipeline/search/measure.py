@@ -158,7 +158,6 @@ def _measure(run: JobRun) -> dict[str, Any]:
     return {
         "top1": sum(top1) / len(top1),
         "top1_seeds": top1,
-        "gpu_seconds": 0.0,
         "units": len(run.units),
         "units_shared": shared,
     }

@@ -261,7 +261,7 @@ class Search:
                 "search.cpus or search.gpus"
             )
         if not gpus:
-            room = max(1, min(room, int(min(capacity.memory / WORKER_BYTES, room))))
+            room = max(1, int(min(capacity.memory / WORKER_BYTES, room)))
         # The more at once, the less each suggestion has learnt from: of 24 at once, nothing.
         return options.parallel or min(room, max(1, options.trials // LESSONS)), gpus
 

@@ -15,7 +15,7 @@ class Measured(Frozen):
     Attributes:
         top1: accuracy of the students on the search split after the last epoch, percent, mean over seeds.
         top1_seeds: of each seed.
-        gpu_seconds: planned, recovery and labelling (``prism plan``'s arithmetic).
+        gpu_seconds: planned, recovery and labelling (``prism plan``'s arithmetic); the ladder's to fill in.
         seconds: that it took where it was first measured.
         units: units of recovery that it needed.
         units_shared: of those, made for other trials or earlier.
@@ -23,7 +23,7 @@ class Measured(Frozen):
 
     top1: float
     top1_seeds: list[float]
-    gpu_seconds: float
+    gpu_seconds: float = 0.0
     seconds: float
     units: int = 0
     units_shared: int = 0
