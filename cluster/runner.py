@@ -87,7 +87,7 @@ class Guarded:
             return row
         done: list[Row] = []
         spent = {name: row[name] for name in SPENT if name in row}
-        starts = {name: row[name] for name in ("attempt",) if name in row}
+        starts = {"attempt": row["attempt"]} if "attempt" in row else {}
         with self.metrics.unit(spent):
             reason = self._broken(row["id"]) or self._reason(lambda: done.append(self._run(row)), row["id"])
         return starts | ({"id": row["id"], "error": f"{self.name}: {reason}"} if reason else done[0]) | spent
