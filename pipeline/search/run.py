@@ -124,18 +124,18 @@ class Search:
     @cached_property
     def space(self) -> Space:
         """Over the user's configuration."""
-        return self._space(self.config)
+        facts = self.ready.networks
+        pool = [name for name in self.config.teachers if facts[name].bn_channels and not facts[name].bn_repeated]
+        return make_space(self.config, pool)
 
     @property
     def most_images(self) -> int:
         """Real images of a class that recovery starts from, at most."""
-        init = self.options.space.get("recover.init")
-        if "real" not in [self.config.recover.init, *((init.choice or []) if init else [])]:
+        tried = {variable.path: variable.axis.ends() for variable in self.space.variables}
+        if "real" not in [self.config.recover.init, *tried.get("recover.init", [])]:
             return 1
         at_rungs = [overrides(self.config, rung).recover.ipc for rung in self.options.rungs]
-        searched = self.options.space.get("recover.ipc")
-        tried = (searched.choice or searched.integer or []) if searched else []
-        return max([*at_rungs, *tried, self.config.recover.ipc])
+        return max([*at_rungs, *tried.get("recover.ipc", []), self.config.recover.ipc])
 
     def show(self) -> None:
         """What would be searched, and what its rungs are planned to cost."""
@@ -156,7 +156,8 @@ class Search:
             RunError: Tune gave up, or the teachers could not be trained.
         """
         kept = self._claim()
-        space = self._space(self._prepare())
+        # The same points over other data, so nothing is to be checked anew.
+        space = Space(self._prepare(), self.space.variables)
         bench = self._bench(space, gpu=kept["gpus"] > 0)
         with StageProgress("search", self.options.trials, "trials") as shown:
 
@@ -206,11 +207,6 @@ class Search:
             "winner": {"number": best.number, "out": won.out, "top1": _accuracies(won)},
         }
         storage.write_json(storage.join(self.config.out, FINAL_FILE), found)
-
-    def _space(self, config: Config) -> Space:
-        facts = self.ready.networks
-        pool = [name for name in config.teachers if facts[name].bn_channels and not facts[name].bn_repeated]
-        return make_space(config, pool)
 
     def _bench(self, space: Space, gpu: bool = False) -> Bench:
         ready = self.ready

@@ -149,6 +149,18 @@ def test_dry_run_shows_the_space_and_the_rungs(prism, tiny_config, tmp_path) -> 
     assert not (tmp_path / "out").exists()
 
 
+def test_images_for_the_largest_searched_ipc_must_be_there(prism, tiny_config, tmp_path) -> None:
+    """24 of a class are there, 6 go to the split."""
+    out = tmp_path / "out"
+    space = {"recover.ipc": {"integer": [2, 18]}}
+    config = tiny_config(out=str(out), search={**SEARCH, "space": space})
+    assert prism("search", config, "--dry-run")[0] == 0
+    code, _, err = prism("search", config, "search.space.recover.ipc.integer=[2, 19]", "--serial")
+    assert code == 2
+    assert "has 24 images, but 6 for the search split and 19 for recovery and baselines are needed" in err
+    assert not out.exists()
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
