@@ -82,12 +82,8 @@ def _measured(trials: Sequence[Trial], rung: int, space: Mapping[str, Dimension]
 
 
 def _inside(trial: Trial, space: Mapping[str, Dimension]) -> bool:
-    bounds = {name: _bounds(space.get(name)) for name in trial.params}
+    bounds = {name: space[name].bounds for name in trial.params if name in space}
     return all(b is None or b[0] <= trial.params[name] <= b[1] for name, b in bounds.items())
-
-
-def _bounds(dimension: Dimension | None) -> tuple[float, float] | None:
-    return (dimension.log or dimension.uniform or dimension.integer) if dimension else None
 
 
 def _ped_anova(
@@ -130,7 +126,7 @@ def _study(trials: Sequence[Trial], space: Mapping[str, Dimension]) -> optuna.St
     finally:
         optuna.logging.set_verbosity(level)
     for trial in trials:
-        params = {n: v if _bounds(space.get(n)) else json.dumps(v) for n, v in sorted(trial.params.items())}
+        params = {n: v if n in space and space[n].bounds else json.dumps(v) for n, v in sorted(trial.params.items())}
         # The values are given when they are compared.
         study.add_trial(
             optuna.trial.create_trial(value=0.0, params=params, distributions={n: distributions[n] for n in params})
@@ -144,7 +140,7 @@ def _distribution(name: str, trials: Sequence[Trial], space: Mapping[str, Dimens
     dimension = space.get(name)
     if dimension and dimension.integer:
         return IntDistribution(*dimension.integer)
-    if dimension and (bounds := dimension.log or dimension.uniform):
-        return FloatDistribution(*bounds, log=dimension.kind == "log")
+    if dimension and dimension.bounds:
+        return FloatDistribution(*dimension.bounds, log=dimension.kind == "log")
     # As texts, since True and 1 are one value to Optuna, and a list is none.
     return CategoricalDistribution(sorted({json.dumps(trial.params[name]) for trial in trials if name in trial.params}))

@@ -43,7 +43,7 @@ class Dimension(Frozen):
         given = [kind for kind in KINDS if getattr(self, kind) is not None]
         if len(given) != 1:
             raise ValueError(f"{' and '.join(given) or 'nothing'} is given; give one of {', '.join(KINDS)}")
-        bounds = self.log or self.uniform or self.integer
+        bounds = self.bounds
         if bounds and bounds[0] >= bounds[1]:
             raise ValueError(f"{given[0]}: [{bounds[0]:g}, {bounds[1]:g}] is empty; the first bound is the smaller one")
         if self.log and self.log[0] <= 0:
@@ -52,6 +52,11 @@ class Dimension(Frozen):
         if values is not None and (not values or any(values.count(value) > 1 for value in values)):
             raise ValueError(f"{given[0]} is empty or names a value twice; give different ones")
         return self
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """Of a number; None where it is none."""
+        return self.log or self.uniform or self.integer
 
     @property
     def kind(self) -> str:

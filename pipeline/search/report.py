@@ -193,15 +193,14 @@ def _field_charts(trials: Sequence[Trial], rungs: int, space: Mapping[str, Dimen
     from pipeline.search.charts import field_chart
 
     charts = []
-    for field in sorted((f for f, d in space.items() if d.log or d.uniform or d.integer), key=lambda f: f != FOREMOST):
+    for field in sorted((f for f, d in space.items() if d.bounds), key=lambda f: f != FOREMOST):
         valued = [trial for trial in trials if isinstance(trial.point.get(field), int | float)]
         points = [[(t.point[field], t.rungs[i].top1) for t in valued if len(t.rungs) > i] for i in range(rungs)]
         default = [(t.point[field], rung.top1) for t in valued if t.number == 0 for rung in t.rungs]
         if any(points):
             dimension = space[field]
-            bounds = dimension.log or dimension.uniform or dimension.integer
             label = f"Top-1 on the search split against {field}, by rung"
-            chart = field_chart(field, points, default, bounds, dimension.log is not None, label)
+            chart = field_chart(field, points, default, dimension.bounds, dimension.log is not None, label)
             charts.append({"field": field, "svg": Markup(chart)})
     return charts
 
