@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from cluster import storage
-from cluster.errors import UserError
+from cluster.errors import UserError, some
 from cluster.version import __version__
 from pipeline.config import Config
 from pipeline.loading import dump_yaml, parse_yaml, resolve
@@ -66,9 +66,8 @@ def check_owner(config: Config, fingerprints: dict[str, str]) -> None:
         if known.get(split, fingerprint) != fingerprint:
             changed.append(f"data.{split} (other images than the run was made from)")
     if changed:
-        names = ", ".join(changed[:6]) + (" …" if len(changed) > 6 else "")
         raise UserError(
-            f"out: {config.out} holds a run of another configuration; it differs in {names}; choose another out"
+            f"out: {config.out} holds a run of another configuration; it differs in {some(changed)}; choose another out"
         )
 
 

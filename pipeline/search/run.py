@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from cluster import storage
-from cluster.errors import RunError, UserError
+from cluster.errors import RunError, UserError, some
 from cluster.lease import Lease
 from cluster.progress import StageProgress, console
 from cluster.resources import WORKER_BYTES, ActorResources
@@ -229,9 +229,8 @@ class Search:
             kept = parse_yaml(storage.read_bytes(where), where)["provenance"]
             changed = differences(kept["content"], content)
             if changed:
-                names = ", ".join(changed[:6]) + (" …" if len(changed) > 6 else "")
                 raise UserError(
-                    f"out: {self.config.out} holds another search; it differs in {names}; choose another out"
+                    f"out: {self.config.out} holds another search; it differs in {some(changed)}; choose another out"
                 )
         else:
             parallel, gpus = self._room()
