@@ -58,7 +58,7 @@ def write_search_report(out: str, *, dry_run: bool = False) -> str:
         trials = []
     rungs = findings.planned_rungs(options)
     best = findings.winner(trials, rungs)
-    final = _read_final(out)
+    final = read_final(out)
     page = render(
         "search.html.j2",
         name=config.get("name", "search"),
@@ -70,7 +70,7 @@ def write_search_report(out: str, *, dry_run: bool = False) -> str:
         trials=trials,
         time=duration(sum(rung.seconds for trial in trials for rung in trial.rungs)),
         final=final,
-        gains=_gains(final),
+        gains=gains(final),
         best=best,
         best_top1=best and findings.top1(best),
         default_top1=next((findings.top1(t) for t in findings.completed(trials, rungs) if t.number == 0), None),
@@ -107,7 +107,12 @@ def _read_config(out: str) -> tuple[str, Record, SearchOptions]:
         raise UserError(f"{where} has no valid section `search`; run the search again") from None
 
 
-def _read_final(out: str) -> Record | None:
+def read_final(out: str) -> Record | None:
+    """What the full runs found; None while they have not run.
+
+    Raises:
+        UserError: ``final.json`` is damaged.
+    """
     where = storage.join(out, FINAL_FILE)
     try:
         found = storage.read_json(where)
@@ -129,7 +134,7 @@ def _full_run(found: Mapping[str, Any]) -> Record:
 # The result
 
 
-def _gains(final: Record | None) -> dict[str, Gain]:
+def gains(final: Record | None) -> dict[str, Gain]:
     """Of every student that both full runs have."""
     if final is None:
         return {}

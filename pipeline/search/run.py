@@ -23,11 +23,11 @@ from pipeline.run import execute
 from pipeline.rundir import differences
 from pipeline.search.bench import Bench, Remembered, make_work
 from pipeline.search.fields import overrides
-from pipeline.search.findings import gain, planned_rungs, winner
+from pipeline.search.findings import planned_rungs, winner
 from pipeline.search.ladder import Ladder
 from pipeline.search.measure import PREPARED
 from pipeline.search.options import SearchOptions
-from pipeline.search.report import FINAL_FILE, SEARCH_FILE, write_search_report
+from pipeline.search.report import FINAL_FILE, SEARCH_FILE, gains, read_final, write_search_report
 from pipeline.search.space import Space, make_space
 from pipeline.search.split import check_split, split_dataset
 from pipeline.search.table import TRIALS_FILE, write_trials
@@ -72,8 +72,8 @@ def search(config: Config, *, dry_run: bool = False, serial: bool = False) -> No
         best = found.best_of(trials, report)
         lease.check()
         found.finish(best)
-    for words in found.verdicts():
-        _say(words)
+    for student, gain in gains(read_final(config.out)).items():
+        _say(f"{student}: {gain.sentence}")
     _say(f"best: {storage.join(found.root, BEST_FILE)}")
     _say(f"report: {write_search_report(config.out)}")
 
@@ -312,13 +312,6 @@ class Search:
             run_here(work, jobs)
         else:
             run_tune(work, jobs, self.root, self.options.cpus, kept["gpus"], kept["parallel"])
-
-    def verdicts(self) -> list[str]:
-        """What the full runs say, a sentence a student."""
-        final = storage.read_json(storage.join(self.config.out, FINAL_FILE))
-        default, won = final["default"]["top1"], final["winner"]["top1"]
-        number = final["winner"]["number"]
-        return [f"{name}: {gain(default[name], won[name], number).sentence}" for name in default]
 
 
 def _sentence(trial: Trial, rungs: int) -> str:
