@@ -66,7 +66,8 @@ class TrainResources(Frozen):
         parallel: trainings at the same time. None: as many as there are GPUs for, without GPUs as there are CPUs
             and memory for, and no more than networks to train.
         cpus: CPUs one worker reserves. None: with a GPU 0.5, else about as many as it has threads.
-        gpu: one GPU per worker. None: yes where the cluster has GPUs.
+        gpus: GPUs one worker reserves; a fraction lets several trainings share a device, which small networks leave
+            idle for most of the time. None: 1 where the cluster has GPUs, else 0.
         threads: torch threads of one worker. None: as many as let all workers at the same time find CPUs on the
             cluster's nodes. Part of what makes float sums come out the same.
     """
@@ -74,8 +75,15 @@ class TrainResources(Frozen):
     workers: int = Field(default=1, ge=1)
     parallel: int | None = Field(default=None, ge=1)
     cpus: float | None = Field(default=None, ge=0)
-    gpu: bool | None = None
+    gpus: float | None = Field(default=None, ge=0)
     threads: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainResources:
+        if self.gpus not in (None, 0, 1) and (self.workers > 1 or self.gpus > 1):
+            wanted = "1, for the workers of a training cannot share a device" if self.workers > 1 else "at most 1"
+            raise ValueError(f"gpus = {self.gpus:g}, but it must be {wanted}")
+        return self
 
 
 class SessionOptions(Frozen):
@@ -109,14 +117,14 @@ class Settled:
         workers: of one group.
         threads: torch threads of one worker.
         cpus: that one worker reserves.
-        gpu: whether each worker has one.
+        gpus: that one worker reserves, at most 1.
     """
 
     groups: int
     workers: int
     threads: int
     cpus: float
-    gpu: bool
+    gpus: float
 
 
 class Pool(NamedTuple):
@@ -229,36 +237,36 @@ def fit_groups(resources: TrainResources, jobs: int, field: str, capacity: Capac
         UserError: not even one group fits.
     """
     workers = resources.workers
-    gpu = resources.gpu if resources.gpu is not None else capacity.gpus > 0
+    gpus = resources.gpus if resources.gpus is not None else float(capacity.gpus > 0)
     least = resources.cpus if resources.cpus is not None else GPU_WORKER_CPUS
     for kind, total, asked in (
         ("CPUs", capacity.cpus, workers * least),
-        ("GPUs", capacity.gpus, float(workers * gpu)),
+        ("GPUs", capacity.gpus, workers * gpus),
     ):
         # Ray would wait for them without end.
         if asked > total + 1e-6:
             raise UserError(
                 f"{field}: a training asks for {asked:g} {kind}, but Ray {_has(capacity)} {total:g}; "
-                "lower workers, cpus or gpu"
+                "lower workers, cpus or gpus"
             )
-    room = capacity.room(least, float(gpu))
+    room = capacity.room(least, gpus)
     if room < workers:
         raise UserError(
-            f"{field}: {workers} workers ask for {least:g} CPUs{' and a GPU' if gpu else ''} each, but the nodes that "
+            f"{field}: {workers} workers ask for {least:g} CPUs and {gpus:g} GPUs each, but the nodes that "
             f"Ray {_has(capacity)} hold {room} such; lower workers or cpus"
         )
-    if not gpu:
+    if not gpus:
         room = int(capacity.cpus / max(least, resources.threads or 1))
     groups = max(1, min(resources.parallel or room // workers, jobs))
     # Before memory is looked at, which differs from one start to the next where threads, and so results, may not.
     largest = max(node.cpus for node in capacity.nodes)
     every = groups * workers
-    together = (count for count in range(int(largest), 1, -1) if capacity.room(count, float(gpu)) >= every)
+    together = (count for count in range(int(largest), 1, -1) if capacity.room(count, gpus) >= every)
     threads = resources.threads or next(together, 1)
     share = min(capacity.cpus / every, largest)
-    if not gpu and resources.parallel is None:
+    if not gpus and resources.parallel is None:
         groups = max(1, min(groups, int(min(capacity.memory / (WORKER_BYTES * workers), groups))))
     # Without GPUs the CPUs are what is computed with: reserving them keeps groups on nodes that have them free.
-    reserved = GPU_WORKER_CPUS if gpu else 0.9 * min(threads, share)
+    reserved = GPU_WORKER_CPUS if gpus else 0.9 * min(threads, share)
     reserved = resources.cpus if resources.cpus is not None else reserved
-    return Settled(groups, workers, threads, reserved, gpu)
+    return Settled(groups, workers, threads, reserved, gpus)

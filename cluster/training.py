@@ -88,9 +88,9 @@ def run_trainers(
         PrismError: the first that ``loop`` raised, in its own words.
         RunError: the workers failed otherwise.
     """
-    if not read_capacity().runs(settled.cpus, float(settled.gpu)):
+    if not read_capacity().runs(settled.cpus, settled.gpus):
         # Ray Train asks for its nodes until they are there, however long that takes.
-        say_waiting(name, settled.cpus, float(settled.gpu))
+        say_waiting(name, settled.cpus, settled.gpus)
     # With the driver, without which nothing goes on anyway: other nodes may leave.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     queue: Any = ray.remote(num_cpus=0)(JobQueue).options(scheduling_strategy=here).remote(jobs)
@@ -155,8 +155,8 @@ def _run_group(
         train_loop_config=config,
         scaling_config=ScalingConfig(
             num_workers=settled.workers,
-            use_gpu=settled.gpu,
-            resources_per_worker={"CPU": settled.cpus, **({"GPU": 1} if settled.gpu else {})},
+            use_gpu=settled.gpus > 0,
+            resources_per_worker={"CPU": settled.cpus, **({"GPU": settled.gpus} if settled.gpus else {})},
         ),
         # Ray would start the group again after any exception, a user's mistake too; we do after lost workers.
         run_config=RunConfig(

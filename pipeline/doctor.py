@@ -106,11 +106,14 @@ def _told(check: str, action: Callable[[], object], text: str) -> Iterator[Findi
 def gpu_fields(config: Config) -> list[str]:
     """Fields of the configuration that ask for a GPU."""
     resources = config.resources
-    pools = {"recover": resources.recover, "relabel": resources.relabel, "validate": resources.validate_}
-    trainings = {"squeeze": resources.squeeze, "evaluate": resources.evaluate}
-    return [f"resources.{name}.gpus" for name, pool in pools.items() if pool.gpus] + [
-        f"resources.{name}.gpu" for name, training in trainings.items() if training.gpu
-    ]
+    wanted = {
+        "squeeze": resources.squeeze.gpus,
+        "recover": resources.recover.gpus,
+        "relabel": resources.relabel.gpus,
+        "evaluate": resources.evaluate.gpus,
+        "validate": resources.validate_.gpus,
+    }
+    return [f"resources.{name}.gpus" for name, gpus in wanted.items() if gpus]
 
 
 @contextlib.contextmanager

@@ -1,6 +1,9 @@
-"""Where an actor computes."""
+"""Where a worker computes, and how it does so with the same bytes every time."""
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 
@@ -12,3 +15,23 @@ def pick_device(gpu: bool) -> torch.device:
         gpu: False where the pool asks for no GPU (``gpus: 0``): the process may see one that belongs to others.
     """
     return torch.device("cuda" if gpu and torch.cuda.is_available() else "cpu")
+
+
+@contextlib.contextmanager
+def reproducible(tf32: bool = True) -> Iterator[None]:
+    """Same bytes from the same work on the same GPU.
+
+    No timing-based choice among cuDNN's algorithms, and none that adds in whatever order threads come.
+
+    Args:
+        tf32: False: full float32; True: as the process has it, where cuDNN uses TF32.
+    """
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.benchmark, cudnn.deterministic = False, True
+    if not tf32:
+        cudnn.allow_tf32 = matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32 = before

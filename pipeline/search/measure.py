@@ -46,7 +46,7 @@ def lighten(config: Config, threads: int, gpu: bool, seeds: list[int]) -> Config
         seeds: of the students.
     """
     actors = ActorResources(threads=threads, gpus=None if gpu else 0)
-    trainers = TrainResources(threads=threads, gpu=None if gpu else False)
+    trainers = TrainResources(threads=threads, gpus=None if gpu else 0)
     resources = ResourcesConfig(recover=actors, relabel=actors, evaluate=trainers, validate=actors)
     protocol = config.evaluate.protocol.model_copy(update={"val_every": config.relabel.epochs})
     evaluate = config.evaluate.model_copy(update={"seeds": seeds, "baselines": [], "protocol": protocol})

@@ -16,7 +16,7 @@ from cluster.resources import TrainResources
 from cluster.runner import Row
 from cluster.worker import Worker
 from stages.data import DataSpec
-from stages.device import pick_device
+from stages.device import pick_device, reproducible
 from stages.evaluate.core import StudentTraining, new_student, train_student
 from stages.evaluate.jobs import StudentJob
 from stages.evaluate.store import StudentStore
@@ -56,7 +56,7 @@ def train_students(
     with follow(progress_uri, "train", sum(job.epochs for job in pending), "epochs"):
         if serial:
             with torch_threads(resources.threads):
-                train_jobs(out_uri, pending, data, Worker(str(pick_device(resources.gpu is not False))))
+                train_jobs(out_uri, pending, data, Worker(str(pick_device(resources.gpus != 0))))
         else:
             from cluster.training import run_trainers, settle
 
@@ -86,6 +86,7 @@ def train_loop(config: dict[str, Any], indices: Iterable[int], worker: Worker) -
     train_jobs(config["out_uri"], (jobs[index] for index in indices), DataSpec(**config["data"]), worker)
 
 
+@reproducible()
 def train_jobs(out_uri: str, jobs: Iterable[StudentJob], data: DataSpec, worker: Worker) -> None:
     """Train jobs one after the other; one whose loss diverges is noted and the others go on."""
     progress_uri = storage.join(out_uri, "progress", "train_students")

@@ -19,7 +19,7 @@ from cluster.progress import StageProgress
 from cluster.resources import ActorResources
 from cluster.runner import ActorStage, Row, Runner
 from stages.data import DataSpec
-from stages.device import pick_device
+from stages.device import pick_device, reproducible
 from stages.evaluate.jobs import StudentJob
 from stages.evaluate.store import StudentStore
 from stages.teachers.build import build_network, memory_format
@@ -43,7 +43,7 @@ def count_correct(network: nn.Module, pixels: Tensor, labels: Tensor, data: Data
     """
     device, layout = next(network.parameters()).device, memory_format(network)
     top1 = top5 = 0
-    with torch.inference_mode():
+    with reproducible(), torch.inference_mode():
         for start in range(0, len(labels), BATCH):
             x = data.normalise(pixels[start : start + BATCH].to(device))
             logits = network(x.contiguous(memory_format=layout))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from cluster.errors import RunError
 from cluster.rng import generator
 from stages.data import DataSpec
+from stages.device import reproducible
 from stages.recover.augment import augment, draw_augmentation
 from stages.recover.objective import LocalObjective, Objective
 from stages.recover.options import RecoverOptions
@@ -120,7 +120,7 @@ def recover_unit(
             done, x.detach(), adam["exp_avg"], adam["exp_avg_sq"], int(first_bad), dict(last_bn), list(log)
         )
 
-    with reproducible_float32():
+    with reproducible(tf32=False):
         for step in range(begin, unit.iterations):
             logit_names, bn_names = step_teachers(unit, options, step)
             drawn = draw_augmentation(unit.seed, step, len(x), data.image_size, options)
@@ -158,18 +158,3 @@ def _check_finite(unit: RecoverUnit, first_bad: int) -> None:
             f"unit {unit.id} (seed {unit.seed}): the loss is not finite at step {first_bad} of {unit.iterations}; "
             "lower recover.lr or recover.r_bn, or check the teachers and initial images it uses"
         )
-
-
-@contextlib.contextmanager
-def reproducible_float32() -> Iterator[None]:
-    """Same bytes from the same unit on the same GPU, computed in full float32.
-
-    No timing-based choice among cuDNN's algorithms, and no TF32, which cuDNN would use by default.
-    """
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32
-    cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32 = False, True, False, False
-    try:
-        yield
-    finally:
-        cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32 = before

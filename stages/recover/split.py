@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stages.recover.core import reproducible_float32
+from stages.device import reproducible
 from stages.recover.objective import BNTap, Measured, check_layers
 from stages.recover.options import RecoverOptions
 
@@ -73,7 +73,7 @@ class TeacherPart:
             ce_weight: of the cross-entropy; None: it is not wanted, and not computed.
             bn_weight: of L_BN, likewise.
         """
-        with reproducible_float32():
+        with reproducible(tf32=False):
             x = self._load(batch).requires_grad_()
             loss, ce, l_bn = x.new_zeros(()), None, None
             if bn_weight is None:

@@ -21,7 +21,7 @@ from cluster.ledger import content_key
 from cluster.resources import ActorResources
 from cluster.runner import ActorStage, Row
 from stages.data import DataSpec
-from stages.device import pick_device
+from stages.device import pick_device, reproducible
 from stages.imageset import load_image_set
 from stages.relabel.ensemble import combine
 from stages.relabel.options import RelabelOptions
@@ -80,6 +80,7 @@ class TeacherStage:
             raise RunError(f"teacher {self.name} gives logits that are not finite; check teachers.{self.name}")
         return {**row, _column(self.name): logits}
 
+    @reproducible()
     @torch.inference_mode()
     def label(self, unit: LabelUnit) -> NDArray[np.float32]:
         """Logits [unit.num_rows, C]; every label batch is forwarded alike, whatever unit it is in."""

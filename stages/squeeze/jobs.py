@@ -84,7 +84,7 @@ def plan_job(
         "workers": settled.workers,
         "threads": settled.threads,
         # Decides on the kernels, and on what precision ``auto`` is.
-        "gpu": settled.gpu,
+        "gpu": settled.gpus > 0,
         "version": __version__,
     }
     epochs, lr = spec.epochs or options.epochs, spec.lr or options.lr

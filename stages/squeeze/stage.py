@@ -18,7 +18,7 @@ from cluster.rng import derive_seed
 from cluster.shards import Dataset, load_dataset
 from cluster.worker import Worker
 from stages.data import DataSpec
-from stages.device import pick_device
+from stages.device import pick_device, reproducible
 from stages.squeeze.augment import check_squeeze
 from stages.squeeze.core import Diverged, TeacherTraining, train_epochs
 from stages.squeeze.data import RealImages
@@ -110,7 +110,7 @@ def squeeze_teachers(
             }
             if serial:
                 with torch_threads(settled.threads):
-                    run_jobs(arguments, range(len(phase)), Worker(str(pick_device(resources.gpu is not False))))
+                    run_jobs(arguments, range(len(phase)), Worker(str(pick_device(resources.gpus != 0))))
             else:
                 from cluster.training import run_trainers
 
@@ -152,7 +152,7 @@ def _settled(resources: TrainResources, trainings: int, serial: bool) -> Settled
     """What each of so many trainings will have."""
     if serial:
         threads = resources.threads or torch.get_num_threads()
-        return Settled(groups=1, workers=1, threads=threads, cpus=0.0, gpu=False)
+        return Settled(groups=1, workers=1, threads=threads, cpus=0.0, gpus=0)
     from cluster.training import settle
 
     return settle(resources, max(1, trainings), "resources.squeeze")
@@ -174,6 +174,7 @@ def _states_uri(out_uri: str) -> str:
     return storage.join(out_uri, "progress", "squeeze-states")
 
 
+@reproducible()
 def run_jobs(arguments: dict[str, Any], indices: Iterable[int], worker: Worker) -> None:
     """Adopt or train teachers one after the other, on every worker; the images are decoded once for all.
 

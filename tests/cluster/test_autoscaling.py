@@ -96,7 +96,7 @@ try:
         size = read_capacity()
         found = {"cpus": size.cpus, "gpus": size.gpus, "start": nodes(), "pools": fit_pools(stages, 12)}
         settled = settle(TrainResources(), 9, "resources.squeeze")
-        found["groups"] = [settled.groups, settled.gpu]
+        found["groups"] = [settled.groups, settled.gpus]
         try:
             fit_pools([ActorStage("much", Work, {}, ActorResources(actors=4))], 12)
         except PrismError as error:
@@ -152,7 +152,7 @@ def test_nodes_come_while_units_wait_and_go_when_they_are_done(
     assert found["start"] == [0, 0]
     assert (found["cpus"], found["gpus"]) == (3 * 2 + 4, 3)
     assert found["pools"] == [[1, 3, 0.0, 1.0]]
-    assert found["groups"] == [3, True]
+    assert found["groups"] == [3, 1]
     assert found["refused"] == (
         "resources: much ask for 4 GPUs at least, but Ray can get 3; lower their cpus, gpus or actors"
     )

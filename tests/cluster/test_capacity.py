@@ -218,11 +218,13 @@ def test_gpus_are_parts_of_one_or_whole_ones() -> None:
 
 def test_trainings_wait_for_gpus_that_may_come() -> None:
     found = fit_groups(TrainResources(), 5, "resources.squeeze", grown())
-    assert (found.groups, found.gpu, found.threads) == (5, True, 8)
+    assert (found.groups, found.gpus, found.threads) == (5, 1, 8)
     assert found == fit_groups(TrainResources(), 5, "resources.squeeze", grown(ONE_GPU, ONE_GPU))
-    with pytest.raises(UserError, match="a training asks for 9 GPUs, but Ray can get 8; lower workers, cpus or gpu"):
+    with pytest.raises(UserError, match="a training asks for 9 GPUs, but Ray can get 8; lower workers, cpus or gpus"):
         fit_groups(TrainResources(workers=9), 1, "resources.squeeze", grown())
-    with pytest.raises(UserError, match="1 workers ask for 9 CPUs and a GPU each, but the nodes that Ray can get hold"):
+    with pytest.raises(
+        UserError, match="1 workers ask for 9 CPUs and 1 GPUs each, but the nodes that Ray can get hold"
+    ):
         fit_groups(TrainResources(cpus=9), 1, "resources.squeeze", grown())
 
 

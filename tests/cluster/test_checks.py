@@ -74,9 +74,9 @@ def test_one_fault_is_one_finding(faulty, level, check, text, remedy):
 
 
 def test_configuration_that_asks_for_a_gpu_where_there_is_none():
-    (found,) = bad(node(), wanted=("resources.recover.gpus", "resources.squeeze.gpu"))
+    (found,) = bad(node(), wanted=("resources.recover.gpus", "resources.squeeze.gpus"))
     assert (found.level, found.check) == ("problem", "gpus")
-    assert "resources.recover.gpus, resources.squeeze.gpu asks for one" in found.text
+    assert "resources.recover.gpus, resources.squeeze.gpus asks for one" in found.text
     assert not bad(node())
     # A cluster that has grown from nothing, and back.
     (found,) = check_gpus([node()], ["resources.recover.gpus"], most=24)

@@ -98,32 +98,48 @@ def capacity(cpus: float, gpus: float, node_cpus: float, memory: float) -> Capac
 
 
 @pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"gpus": 0.5, "workers": 2}, r"gpus = 0\.5, but it must be 1, for the workers of a training cannot share"),
+        ({"gpus": 2}, "gpus = 2, but it must be at most 1"),
+    ],
+)
+def test_what_a_training_cannot_have(options, words) -> None:
+    with pytest.raises(ValueError, match=words):
+        TrainResources(**options)
+
+
+@pytest.mark.parametrize(
     ("resources", "jobs", "cluster", "expected"),
     [
-        # cluster: CPUs, GPUs, CPUs of a node, memory; expected: groups, threads, CPUs reserved, GPU
-        ({}, 3, (2, 0, 2, 64 * GIB), (2, 1, 0.9, False)),
-        ({}, 1, (8, 0, 8, 64 * GIB), (1, 8, 7.2, False)),
-        ({}, 5, (16, 0, 16, 64 * GIB), (5, 3, 2.7, False)),
+        # cluster: CPUs, GPUs, CPUs of a node, memory; expected: groups, threads, CPUs reserved, GPUs of a worker
+        ({}, 3, (2, 0, 2, 64 * GIB), (2, 1, 0.9, 0)),
+        ({}, 1, (8, 0, 8, 64 * GIB), (1, 8, 7.2, 0)),
+        ({}, 5, (16, 0, 16, 64 * GIB), (5, 3, 2.7, 0)),
         # Little memory makes groups fewer, not their threads more: results depend on those.
-        ({}, 5, (16, 0, 16, 6 * GIB), (2, 3, 2.7, False)),
-        ({}, 5, (16, 0, 16, GIB), (1, 3, 2.7, False)),
-        ({"parallel": 3}, 5, (16, 0, 16, GIB), (3, 5, 4.5, False)),
-        ({}, 3, (32, 0, 8, 256 * GIB), (3, 8, 7.2, False)),
-        ({"threads": 4}, 9, (16, 0, 16, 64 * GIB), (4, 4, 3.6, False)),
-        ({"threads": 4}, 9, (2, 0, 2, 64 * GIB), (1, 4, 1.8, False)),
-        ({"workers": 2}, 9, (2, 0, 2, 64 * GIB), (1, 1, 0.9, False)),
-        ({"parallel": 3}, 9, (2, 0, 2, 64 * GIB), (3, 1, 0.6, False)),
-        ({"parallel": 8}, 2, (16, 0, 16, 64 * GIB), (2, 8, 7.2, False)),
-        ({"cpus": 0.5}, 9, (2, 0, 2, 64 * GIB), (2, 1, 0.5, False)),
-        ({}, 9, (64, 4, 16, GIB), (4, 16, 0.5, True)),
-        ({"workers": 4}, 9, (64, 8, 64, GIB), (2, 8, 0.5, True)),
-        ({"cpus": 8}, 9, (16, 4, 16, GIB), (2, 8, 8, True)),
-        ({"gpu": False}, 1, (64, 4, 16, 64 * GIB), (1, 16, 14.4, False)),
+        ({}, 5, (16, 0, 16, 6 * GIB), (2, 3, 2.7, 0)),
+        ({}, 5, (16, 0, 16, GIB), (1, 3, 2.7, 0)),
+        ({"parallel": 3}, 5, (16, 0, 16, GIB), (3, 5, 4.5, 0)),
+        ({}, 3, (32, 0, 8, 256 * GIB), (3, 8, 7.2, 0)),
+        ({"threads": 4}, 9, (16, 0, 16, 64 * GIB), (4, 4, 3.6, 0)),
+        ({"threads": 4}, 9, (2, 0, 2, 64 * GIB), (1, 4, 1.8, 0)),
+        ({"workers": 2}, 9, (2, 0, 2, 64 * GIB), (1, 1, 0.9, 0)),
+        ({"parallel": 3}, 9, (2, 0, 2, 64 * GIB), (3, 1, 0.6, 0)),
+        ({"parallel": 8}, 2, (16, 0, 16, 64 * GIB), (2, 8, 7.2, 0)),
+        ({"cpus": 0.5}, 9, (2, 0, 2, 64 * GIB), (2, 1, 0.5, 0)),
+        ({}, 9, (64, 4, 16, GIB), (4, 16, 0.5, 1)),
+        ({"workers": 4}, 9, (64, 8, 64, GIB), (2, 8, 0.5, 1)),
+        ({"cpus": 8}, 9, (16, 4, 16, GIB), (2, 8, 8, 1)),
+        ({"gpus": 0}, 1, (64, 4, 16, 64 * GIB), (1, 16, 14.4, 0)),
+        # Shares of a device: as many trainings as these and the CPUs give.
+        ({"gpus": 0.25}, 9, (16, 1, 16, GIB), (4, 4, 0.5, 0.25)),
+        ({"gpus": 0.25}, 9, (1, 1, 1, GIB), (2, 1, 0.5, 0.25)),
+        ({"gpus": 0.5, "parallel": 3}, 9, (64, 4, 16, GIB), (3, 16, 0.5, 0.5)),
     ],
 )
 def test_groups_share_the_cluster(resources, jobs, cluster, expected) -> None:
     found = fit_groups(TrainResources(**resources), jobs, "resources.squeeze", capacity(*cluster))
-    assert (found.groups, found.threads, pytest.approx(found.cpus), found.gpu) == expected
+    assert (found.groups, found.threads, pytest.approx(found.cpus), found.gpus) == expected
     assert found.workers == resources.get("workers", 1)
 
 
@@ -142,7 +158,7 @@ def test_threads_let_all_trainings_find_a_node(nodes, jobs, expected) -> None:
     assert (found.groups, found.threads) == expected
 
 
-@pytest.mark.parametrize(("resources", "kind"), [({"workers": 9}, "4.5 CPUs"), ({"gpu": True}, "1 GPUs")])
+@pytest.mark.parametrize(("resources", "kind"), [({"workers": 9}, "4.5 CPUs"), ({"gpus": 1}, "1 GPUs")])
 def test_a_group_that_cannot_fit_is_refused(resources, kind) -> None:
     with pytest.raises(UserError, match=f"^resources.squeeze: a training asks for {kind}, but Ray has"):
         fit_groups(TrainResources(**resources), 1, "resources.squeeze", capacity(2, 0, 2, GIB))

@@ -69,8 +69,8 @@ def test_bad_words_are_bad_input(prism, tiny_config):
 
 def test_fields_that_ask_for_a_gpu(tiny_config):
     assert gpu_fields(load_config(str(tiny_config()))) == []
-    path = tiny_config(resources={"relabel": {"gpus": 0.5}, "evaluate": {"gpu": True}, "recover": {"gpus": 0}})
-    assert gpu_fields(load_config(str(path))) == ["resources.relabel.gpus", "resources.evaluate.gpu"]
+    path = tiny_config(resources={"relabel": {"gpus": 0.5}, "evaluate": {"gpus": 1}, "recover": {"gpus": 0}})
+    assert gpu_fields(load_config(str(path))) == ["resources.relabel.gpus", "resources.evaluate.gpus"]
 
 
 def test_address_and_serial_exclude_each_other(prism, tiny_config):

@@ -56,7 +56,7 @@ class Case:
     data: DataSpec
 
     def __call__(self, out: Path, teachers: dict[str, TeacherSpec], options: SqueezeOptions = OPTIONS, **kwargs: Any):
-        resources = TrainResources(threads=1, gpu=False)
+        resources = TrainResources(threads=1, gpus=0)
         kwargs = {"serial": True, **kwargs}
         squeeze_teachers(str(out), teachers, self.data, self.train, self.val, options, resources, 7, **kwargs)
 
@@ -179,7 +179,7 @@ def test_cache_is_looked_up_by_content(case, tmp_path, monkeypatch):
 def test_what_the_cache_key_depends_on(tmp_path):
     data = DataSpec(28, 1, (0.1,), (0.3,), ("a", "b"))
 
-    here = Settled(groups=1, workers=1, threads=1, cpus=0.9, gpu=False)
+    here = Settled(groups=1, workers=1, threads=1, cpus=0.9, gpus=0)
 
     def job(name="a", spec=CONV, options=OPTIONS, data=data, prints=("x", "y"), seed=0, settled=here):
         return plan_job(name, spec, options, data, list(prints), seed, settled)
@@ -344,7 +344,7 @@ def test_a_finished_teacher_of_other_settings_is_refused(case, tmp_path):
             case(tmp_path, teachers, options)
         assert digests(tmp_path) == before
     # Another machine or cache is no other teacher.
-    resources = TrainResources(threads=2, workers=2, gpu=False)
+    resources = TrainResources(threads=2, workers=2, gpus=0)
     options = OPTIONS.model_copy(update={"cache": str(tmp_path / "cache")})
     squeeze_teachers(str(tmp_path), {"conv": CONV}, case.data, case.train, case.val, options, resources, 7, serial=True)
     assert digests(tmp_path) == before
@@ -402,7 +402,7 @@ from stages.teachers.options import TeacherSpec
 a = json.loads(sys.argv[1])
 with ray_session(SessionOptions(num_cpus=2, object_store_mb=150)):
     squeeze_teachers(a["out"], {n: TeacherSpec(**s) for n, s in a["teachers"].items()}, DataSpec(**a["data"]),
-                     a["train"], a["val"], SqueezeOptions(**a["options"]), TrainResources(threads=1, gpu=False), 7)
+                     a["train"], a["val"], SqueezeOptions(**a["options"]), TrainResources(threads=1, gpus=0), 7)
 """
 
 
@@ -413,7 +413,7 @@ def test_ray_train_gives_the_serial_bytes(case, tmp_path, ray_local):
     case(tmp_path / "ray", teachers, serial=False)
     assert digests(tmp_path / "ray") == digests(tmp_path / "serial")
     # Two data-parallel workers: other bits, but a working teacher.
-    resources = TrainResources(workers=2, threads=1, gpu=False)
+    resources = TrainResources(workers=2, threads=1, gpus=0)
     squeeze_teachers(str(tmp_path / "two"), {"res": RES}, case.data, case.train, case.val, OPTIONS, resources, 7)
     assert card(tmp_path / "two", "res").val_top1 > 0.2
 
