@@ -1,17 +1,14 @@
 """The distilled images (or a baseline's) as one array, keyed by image id.
 
-The array is a file of the node's cache, decoded once per node and mapped by every actor and student there: it takes the
-node's memory once, as pages that the system may drop, and no process's own.
+The array is a file of the node's cache, decoded once per node and mapped by every actor and student there.
 """
 
 from __future__ import annotations
 
 import functools
-import mmap
 import os
 import tempfile
 import threading
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +25,7 @@ from cluster.errors import RunError, UserError
 from cluster.nodecache import entry_version, node_cache
 from stages.data import DataSpec
 from stages.images import to_pixels
+from stages.pixelfile import LABEL_BYTES, map_pixels, row_bytes
 
 # Shards read and decoded at the same time; Pillow decodes outside the interpreter's lock.
 THREADS = 4
@@ -75,11 +73,11 @@ def load_image_set(uri: str, data: DataSpec) -> ImageSet:
     path = node_cache().make(key, fill)
     if path is not None:
         with path.open("rb") as file:
-            return _map(file.fileno(), data)
+            return ImageSet(*map_pixels(file.fileno(), data))
     # A file without a name: in this process's own memory where the system can do that.
     with _nameless() as own:
         _decode(uri, files, data, own.fileno(), functools.partial(_check_memory, uri))
-        return _map(own.fileno(), data)
+        return ImageSet(*map_pixels(own.fileno(), data))
 
 
 def _check_memory(uri: str, size: int) -> None:
@@ -118,7 +116,7 @@ def _decode(uri: str, files: list[str], data: DataSpec, target: int, reserve: Ca
     Raises:
         RunError: image ids are not exactly 0 … N−1.
     """
-    row = data.channels * data.image_size**2
+    row = row_bytes(data) - LABEL_BYTES
     lock, rows = threading.Lock(), 0
 
     def decode(file: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -129,7 +127,7 @@ def _decode(uri: str, files: list[str], data: DataSpec, target: int, reserve: Ca
             raise RunError(f"{file}: has a negative image_id; run the recover stage again")
         with lock:
             rows += len(ids)
-            reserve(rows * (row + labels.itemsize))
+            reserve(rows * row_bytes(data))
         for image, index in zip(table["image"], ids, strict=True):
             pixels = to_pixels(image["bytes"].as_py(), data.image_size, data.channels)
             os.pwrite(target, pixels.tobytes(), int(index) * row)
@@ -147,16 +145,3 @@ def _decode(uri: str, files: list[str], data: DataSpec, target: int, reserve: Ca
     labels = np.empty(len(ids), np.int64)
     labels[ids] = np.concatenate([label for _, label in found])
     os.pwrite(target, labels.tobytes(), len(ids) * row)
-
-
-def _map(source: int, data: DataSpec) -> ImageSet:
-    row = data.channels * data.image_size**2
-    mapped = mmap.mmap(source, 0, access=mmap.ACCESS_READ)
-    count = len(mapped) // (row + np.dtype(np.int64).itemsize)
-    images = np.frombuffer(mapped, np.uint8, count * row)
-    labels = np.frombuffer(mapped, np.int64, offset=count * row).copy()
-    with warnings.catch_warnings():
-        # That tensors cannot be read-only; nobody writes to this one.
-        warnings.filterwarnings("ignore", message=".*not writable.*")
-        pixels = torch.from_numpy(images)
-    return ImageSet(pixels.view(count, data.channels, data.image_size, data.image_size), torch.from_numpy(labels))

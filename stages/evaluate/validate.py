@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from cluster import shards, storage
 from cluster.attempts import Attempts
-from cluster.nodecache import node_cache
 from cluster.progress import StageProgress
 from cluster.resources import ActorResources
 from cluster.runner import ActorStage, Row, Runner
@@ -23,7 +22,7 @@ from stages.device import pick_device, reproducible
 from stages.evaluate.jobs import StudentJob
 from stages.evaluate.store import StudentStore
 from stages.teachers.build import build_network, memory_format
-from stages.teachers.pixels import decode_rows
+from stages.teachers.pixels import shared_pixels
 
 # Rows of a unit: seconds to minutes of work, so that pools of any size end together.
 SLICE_ROWS = 1000
@@ -58,7 +57,7 @@ class ValidateStage:
     """Counts the hits of all kept epochs of one job on one slice of the validation images.
 
     Networks are built once per architecture, weights are loaded one epoch at a time, decoded slices are kept
-    within ``CACHE_BYTES``, and what lies on an object store is fetched once per node.
+    within ``CACHE_BYTES``; they are fetched and decoded once per node.
 
     Args:
         out_uri: the run directory.
@@ -76,7 +75,6 @@ class ValidateStage:
         self.networks: dict[str, nn.Module] = {}
         self.decoded: OrderedDict[tuple[int, int], tuple[Tensor, Tensor]] = OrderedDict()
         self.trainings: dict[str, str] = {}
-        self.cache = node_cache()
 
     def __call__(self, row: Row) -> Row:
         """``job`` on ``start:stop`` of ``shard`` → ``images`` and ``counts``, JSON of (epoch, top1, top5)."""
@@ -109,10 +107,7 @@ class ValidateStage:
     def _slice(self, shard: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
         key = (shard, start)
         if key not in self.decoded:
-            uri = self.dataset.shard_uri(shard)
-            local = self.cache.local(uri, version=self.dataset.fingerprint)
-            table = shards.read_shard(local, ["image", "label"], name=uri).slice(start, stop - start)
-            self.decoded[key] = decode_rows(table, self.data, f"{uri} from row {start}")
+            self.decoded[key] = shared_pixels(self.dataset, shard, start, stop, self.data)
             while len(self.decoded) > 1 and sum(p.nbytes for p, _ in self.decoded.values()) > CACHE_BYTES:
                 self.decoded.popitem(last=False)
         self.decoded.move_to_end(key)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor
 
 from cluster.errors import RunError
+from cluster.nodecache import node_cache
 from cluster.shards import Dataset, read_shard
 from stages.data import DataSpec
 from stages.images import to_pixels
+from stages.pixelfile import map_pixels, row_bytes
 
 # Pillow lets go of the interpreter while it decodes; more threads than this fight over it.
 DECODE_THREADS = min(8, os.cpu_count() or 1)
@@ -64,6 +67,29 @@ def read_pixels(
     uri = dataset.shard_uri(shard)
     table = read_shard(uri, ["image", "label"])
     return decode_rows(table if rows is None else table.take(list(rows)), data, uri)
+
+
+def shared_pixels(dataset: Dataset, shard: int, start: int, stop: int, data: DataSpec) -> tuple[Tensor, Tensor]:
+    """Rows ``start:stop`` of a shard, decoded once per node where its cache can hold them; see ``read_pixels``."""
+    uri = dataset.shard_uri(shard)
+
+    def decode() -> tuple[Tensor, Tensor]:
+        local = node_cache().local(uri, version=dataset.fingerprint)
+        table = read_shard(local, ["image", "label"], name=uri).slice(start, stop - start)
+        return decode_rows(table, data, f"{uri} from row {start}")
+
+    def fill(path: Path, reserve: Callable[[int], None]) -> None:
+        reserve((stop - start) * row_bytes(data))
+        with path.open("wb") as file:
+            for part in decode():
+                file.write(part.numpy().data)
+
+    what = ["pixels", dataset.fingerprint, dataset.shards[shard], start, stop]
+    path = node_cache().make([*what, data.image_size, data.channels, data.resize], fill)
+    if path is None:
+        return decode()
+    with path.open("rb") as file:
+        return map_pixels(file.fileno(), data)
 
 
 def spread(dataset: Dataset, limit: int | None) -> Iterator[tuple[int, list[int] | None]]:

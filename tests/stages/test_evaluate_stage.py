@@ -39,6 +39,7 @@ from stages.relabel.options import RelabelOptions
 from stages.relabel.store import write_labels
 from stages.relabel.unit import LabelUnit
 from stages.relabel.views import draw_views
+from stages.teachers import pixels
 from stages.teachers.options import NetworkSpec
 
 IPC, EPOCHS, SIZE = 3, 4, 28
@@ -241,7 +242,11 @@ def test_what_a_lost_group_had_trained_counts(case: Case, monkeypatch: pytest.Mo
     assert [row["error"] for row in rows] == ["", "students-0: gone"]
 
 
-def test_unreadable_validation_image_is_named(case: Case) -> None:
+def test_unreadable_validation_image_is_named(
+    case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    # Where nobody has decoded it before.
+    monkeypatch.setenv("PRISM_CACHE", str(tmp_path_factory.mktemp("cache")))
     train_serial(case, case.jobs[:1])
     uri = storage.join(case.val, "part-00001.parquet")
     table = shards.read_shard(uri)
@@ -254,7 +259,7 @@ def test_unreadable_validation_image_is_named(case: Case) -> None:
     assert not Path(case.out, "eval", f"{case.jobs[0].id}.json").exists()
 
 
-def test_actors_of_a_node_fetch_weights_and_images_once(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_actors_of_a_node_fetch_and_decode_once(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     job = case.jobs[0]
     train_serial(case, [job])
     remote, val = "memory://node/out", "memory://node/val"
@@ -268,13 +273,17 @@ def test_actors_of_a_node_fetch_weights_and_images_once(case: Case, monkeypatch:
         fetched[uri] += 1
         real(uri, target, size)
 
+    decoded = []
+    decode = pixels.decode_rows
+    monkeypatch.setattr(pixels, "decode_rows", lambda *arguments: decoded.append(arguments[2]) or decode(*arguments))
     monkeypatch.setattr(storage, "download", counting)
     monkeypatch.setattr(nodecache, "JITTER_S", 0)
     monkeypatch.setattr(validate_stage, "SLICE_ROWS", 50)
     rows, arguments = [], ([job.model_dump_json()], case.data)
     slices = list(validate_stage._slices(shards.load_dataset(case.val)))
     assert len(slices) == 6
-    for out, dataset in ((case.out, case.val), (remote, val), (remote, val)):
+    # The last finds the same images decoded, wherever they lie.
+    for out, dataset in ((remote, val), (remote, val), (case.out, case.val)):
         actor = validate_stage.ValidateStage(out, *arguments, dataset, gpu=False)
         rows.append(
             [actor({"id": "x", "job": 0, "shard": k, "start": start, "stop": stop}) for k, start, stop in slices]
@@ -282,6 +291,7 @@ def test_actors_of_a_node_fetch_weights_and_images_once(case: Case, monkeypatch:
     assert rows[0] == rows[1] == rows[2]
     files = [StudentStore(remote, job).weights_uri(epoch) for epoch in (2, 4)]
     assert fetched == dict.fromkeys([*files, *(f"{val}/part-0000{k}.parquet" for k in range(2))], 1)
+    assert len(decoded) == len(set(decoded)) == 6
 
 
 def test_top_five_of_three_classes_is_everything(case: Case) -> None:
