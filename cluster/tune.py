@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -172,7 +172,15 @@ class _Source(Searcher):
         return {}
 
 
-def run_tune(work: Work, jobs: Jobs, folder: str, cpus: float, gpus: float, at_once: int) -> None:
+def run_tune(
+    work: Work,
+    jobs: Jobs,
+    folder: str,
+    cpus: float,
+    gpus: float,
+    at_once: int,
+    callbacks: Sequence[tune.Callback] = (),
+) -> None:
     """Run all jobs in the running session, each in a process of its own on what Tune reserves for it.
 
     Tune's own records, with TensorBoard's, are under ``folder/tune``.
@@ -184,6 +192,7 @@ def run_tune(work: Work, jobs: Jobs, folder: str, cpus: float, gpus: float, at_o
         cpus: of a job.
         gpus: of a job.
         at_once: jobs that may wait for room at the same time.
+        callbacks: told of every job, beside those that write Tune's records.
 
     Raises:
         RunError: Tune gave up, or was stopped.
@@ -217,6 +226,7 @@ def run_tune(work: Work, jobs: Jobs, folder: str, cpus: float, gpus: float, at_o
             storage_filesystem=files,
             failure_config=tune.FailureConfig(max_failures=RESTARTS),
             verbose=0,
+            callbacks=list(callbacks),
         ),
     )
     go_on = "what was measured is kept, run the same command again to go on"

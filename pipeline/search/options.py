@@ -88,6 +88,8 @@ class SearchOptions(Frozen):
             only.
         seeds: of the students of a trial.
         split: of the training data.
+        trackers: experiment trackers that show the jobs beside TensorBoard's records: ``mlflow``, ``wandb``,
+            which have to be installed; they hear of the jobs that Tune runs, of none with ``--serial``.
         parallel: jobs at a time on the virtual clock that orders results. None: as many as the cluster holds when the
             search starts. Part of what makes the table come out the same.
         cpus: CPUs of a job; torch threads are as many, at least one.
@@ -104,6 +106,7 @@ class SearchOptions(Frozen):
     objectives: list[Literal["top1_last", "gpu_seconds"]] = ["top1_last"]
     seeds: list[int] = [0]
     split: SplitOptions = SplitOptions()
+    trackers: list[Literal["mlflow", "wandb"]] = []
     parallel: int | None = Field(default=None, ge=1)
     cpus: float = Field(default=1.0, gt=0)
     gpus: float | None = Field(default=None, ge=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -62,6 +62,8 @@ def search(config: Config, *, dry_run: bool = False, serial: bool = False) -> No
     ready = preflight(final_config(config, options, "default"))
     found = Search(config, options, ready, serial)
     check_split(ready.train, options.split.per_class, found.most_images)
+    # Before the teachers are trained; Tune asks for them later.
+    _ = found.callbacks
     if dry_run:
         found.show()
         return
@@ -136,6 +138,19 @@ class Search:
             return 1
         at_rungs = [overrides(self.config, rung).recover.ipc for rung in self.options.rungs]
         return max([*at_rungs, *tried.get("recover.ipc", []), self.config.recover.ipc])
+
+    @cached_property
+    def callbacks(self) -> Sequence[Any]:
+        """What tells the trackers of the jobs.
+
+        Raises:
+            UserError: a tracker cannot be used.
+        """
+        if self.serial or not self.options.trackers:
+            return []
+        from cluster.trackers import make_trackers
+
+        return make_trackers(self.options.trackers, self.config.name, "search.trackers")
 
     def show(self) -> None:
         """What would be searched, and what its rungs are planned to cost."""
@@ -222,7 +237,7 @@ class Search:
             **self.config.identity(),
             "evaluate": self.config.evaluate.model_dump(mode="json"),
             # A longer search goes on where a shorter one ended.
-            "search": options.model_dump(mode="json", exclude={"trials", "final_seeds", "min_succeeded"}),
+            "search": options.model_dump(mode="json", exclude={"trials", "final_seeds", "min_succeeded", "trackers"}),
             "data_fingerprints": self.ready.fingerprints,
         }
         if storage.exists(where):
@@ -311,7 +326,7 @@ class Search:
         if self.serial:
             run_here(work, jobs)
         else:
-            run_tune(work, jobs, self.root, self.options.cpus, kept["gpus"], kept["parallel"])
+            run_tune(work, jobs, self.root, self.options.cpus, kept["gpus"], kept["parallel"], self.callbacks)
 
 
 def _sentence(trial: Trial, rungs: int) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import ray.cloudpickle
+from ray.tune import Callback
 
 from cluster.tune import EXPERIMENT, RESTARTS, Halving, run_here, run_tune
 
@@ -42,6 +43,16 @@ class Chain:
         self.found[key] = result and result["value"]
 
 
+class Listener(Callback):
+    """What an experiment tracker hears."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, str] = {}
+
+    def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
+        self.values[trial.config["key"]] = str(result["value"])
+
+
 def make_work(folder: str) -> Any:
     def work(job: dict[str, Any]) -> dict[str, Any]:
         (Path(folder) / f"{job['key']}-{time.monotonic_ns()}").touch()
@@ -57,7 +68,10 @@ def test_jobs_run_under_tune(ray_local: None, tmp_path: Path) -> None:
     folder = tmp_path / "ray"
     folder.mkdir()
     jobs = Chain()
-    run_tune(make_work(str(folder)), jobs, str(tmp_path), 0.5, 0.0, 2)
+    told = Listener()
+    run_tune(make_work(str(folder)), jobs, str(tmp_path), 0.5, 0.0, 2, [told])
+    # As text, for one is not a number.
+    assert told.values == {key: str(value) for key, value in jobs.found.items() if value is not None}
     assert jobs.found["job-0"] == 0.0
     assert jobs.found["job-1"] is None
     assert jobs.found["job-2"] != jobs.found["job-2"]

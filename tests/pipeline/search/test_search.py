@@ -141,6 +141,15 @@ def test_a_search_needs_its_section(prism, tiny_config) -> None:
     assert "error: search: is not given; say what to vary, e.g. search: {space:" in err
 
 
+@pytest.mark.parametrize("name", ["mlflow", "wandb"])
+def test_a_tracker_that_is_not_installed_is_refused(prism, tiny_config, tmp_path, monkeypatch, name) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda wanted: None)
+    config = tiny_config(out=str(tmp_path / "out"), search={**SEARCH, "trackers": [name]})
+    code, _, err = prism("search", config, "--dry-run")
+    assert code == 2
+    assert f"error: search.trackers: {name} is not installed; `pip install {name}`, or take it out" in err
+
+
 def test_dry_run_shows_the_space_and_the_rungs(prism, tiny_config, tmp_path) -> None:
     code, text, err = prism("search", tiny_config(out=str(tmp_path / "out"), search=SEARCH), "--dry-run")
     assert code == 0, err
