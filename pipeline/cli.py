@@ -153,10 +153,17 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON, for programs.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Again and again while a driver works on it.")] = False,
 ) -> None:
-    """Show what a run has done and is doing, from its directory alone."""
-    from pipeline.status_text import print_status
+    """Show what a run, or a search, has done and is doing, from its directory alone."""
+    from cluster import storage
+    from pipeline import status_text
+    from pipeline.search import status as of_search
+    from pipeline.search.report import SEARCH_FILE
+    from pipeline.status import read_status
 
-    print_status(out, as_json=as_json, watch=watch)
+    if storage.exists(storage.join(out, SEARCH_FILE)):
+        status_text.print_status(out, of_search.read_status, of_search.lines, as_json=as_json, watch=watch)
+    else:
+        status_text.print_status(out, read_status, status_text.lines, as_json=as_json, watch=watch)
 
 
 @app.command()

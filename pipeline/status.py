@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pydantic import BaseModel
 
 from cluster import storage
-from cluster.lease import PATIENCE_BEATS, Holder, read_holder
+from cluster.lease import PATIENCE_BEATS, read_holder
 from cluster.progress import read_progress
 from cluster.record import read_record
 from pipeline.context import RANDOM_REAL
@@ -168,7 +168,7 @@ class _Reader:
 
     def __init__(self, out: str):
         self.out, self.config = out, read_run(out)
-        self.driver = _driver(read_holder(out))
+        self.driver = read_driver(out)
         self.alive = self.driver is not None and self.driver.alive
         wanted = [p for p in PARTS if p.name != "baseline" or RANDOM_REAL in self.config.evaluate.baselines]
         self.records = {part.name: read_record(self._tasks_uri(part)) for part in wanted}
@@ -270,7 +270,9 @@ class _Reader:
         ]
 
 
-def _driver(holder: Holder | None) -> Driver | None:
+def read_driver(out: str) -> Driver | None:
+    """Who has a run directory, or had it last; None: nobody."""
+    holder = read_holder(out)
     if holder is None:
         return None
     age, dead = time.time() - holder.time, holder.dead

@@ -3,60 +3,85 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Protocol, TypeVar
 
 from rich.live import Live
 from rich.text import Text
 
 from cluster import storage
 from cluster.progress import console
-from pipeline.status import StageStatus, Status, read_status
+from pipeline.status import Driver, StageStatus, Status
 
 SHOWN_TASKS, SHOWN_FAILED = 12, 10
 
 
-def print_status(out: str, *, as_json: bool = False, watch: bool = False) -> None:
-    """Show a run.
+class Shown(Protocol):
+    """A status of whatever a directory holds."""
+
+    @property
+    def state(self) -> str:
+        """``running``, ``stopped`` or ``finished``."""
+
+    def model_dump_json(self) -> str:
+        """One line."""
+
+
+S = TypeVar("S", bound=Shown)
+
+
+def print_status(
+    out: str,
+    read: Callable[[str], S],
+    words: Callable[[S], Iterator[str]],
+    *,
+    as_json: bool = False,
+    watch: bool = False,
+) -> None:
+    """Show what a directory holds.
 
     Args:
-        out: the run directory.
-        as_json: one line of JSON, the fields of ``Status``.
+        out: the directory.
+        read: looks at it.
+        words: lines of a status.
+        as_json: one line of JSON, the fields of the status.
         watch: again and again while a driver works on it.
 
     Raises:
-        UserError: ``out`` holds no run.
+        UserError: of ``read``.
     """
+
+    def show() -> S:
+        status = read(out)
+        if as_json:
+            print(status.model_dump_json(), flush=True)
+        else:
+            for line in words(status):
+                console.print(line, soft_wrap=True, markup=False)
+        return status
+
     if not watch:
-        _show(read_status(out), as_json)
+        show()
         return
     pause = 2.0 if storage.is_local(out) else 15.0
     if as_json or not console.is_terminal:
-        while _show(read_status(out), as_json).state == "running":
+        while show().state == "running":
             time.sleep(pause)
         return
     with Live(console=console, auto_refresh=False) as live:
         while True:
-            status = read_status(out)
-            live.update(Text("\n".join(lines(status))), refresh=True)
+            status = read(out)
+            live.update(Text("\n".join(words(status))), refresh=True)
             if status.state != "running":
                 return
             time.sleep(pause)
-
-
-def _show(status: Status, as_json: bool) -> Status:
-    if as_json:
-        print(status.model_dump_json(), flush=True)
-    else:
-        for line in lines(status):
-            console.print(line, soft_wrap=True, markup=False)
-    return status
 
 
 def lines(status: Status) -> Iterator[str]:
     """A run in words."""
     now = f", in {status.stage}" if status.stage else ""
     yield f"{status.name} ({status.recipe}) at {status.out}: {status.state}{now}"
-    yield f"driver     {_driver_words(status)}"
+    yield f"driver     {driver_words(status.driver, status.state)}"
     for stage in status.stages:
         names = f": {', '.join(status.teachers)}" if stage.name == "squeeze" and status.teachers else ""
         yield f"{stage.name:<10} {_stage_words(stage)}{names}"
@@ -76,10 +101,10 @@ def lines(status: Status) -> Iterator[str]:
         yield f"spent      {gpu:.3g} GPU-hours, {cpu:.3g} CPU-hours; {duration(3600 * wall)} in all ({parts})"
 
 
-def _driver_words(status: Status) -> str:
-    driver = status.driver
+def driver_words(driver: Driver | None, state: str) -> str:
+    """Who works on it."""
     if driver is None:
-        return "none" + ("" if status.state == "finished" else "; run the same command again to go on")
+        return "none" + ("" if state == "finished" else "; run the same command again to go on")
     since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(driver.since))
     who = f"process {driver.pid} on {driver.host}, since {since}"
     if driver.alive:

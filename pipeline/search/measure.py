@@ -19,7 +19,7 @@ from pipeline import steps
 from pipeline.config import Config, ResourcesConfig
 from pipeline.context import Run
 from pipeline.preflight import Ready, check_data
-from pipeline.search.trial import Measured
+from pipeline.search.trial import PREPARED, Measured
 from pipeline.work import recover_work
 from stages.evaluate.validate import read_results
 from stages.recover import stage as recovery
@@ -33,7 +33,6 @@ PLANNING = {
 }  # fmt: skip
 # Of selections that draw at every step, what they draw by.
 DRAWING = {"selection", "include_prob", "max_bn_teachers"}
-PREPARED = "base"
 
 
 def lighten(config: Config, threads: int, gpu: bool, seeds: list[int]) -> Config:

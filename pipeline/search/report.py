@@ -51,7 +51,7 @@ def write_search_report(out: str, *, dry_run: bool = False) -> str:
     Raises:
         UserError: ``search.yaml`` is missing, or a file is damaged.
     """
-    text, config, options = _read_config(out)
+    text, config, options = read_search(out)
     try:
         trials = read_trials(storage.join(out, TRIALS_FILE))
     except (FileNotFoundError, NotADirectoryError):
@@ -94,7 +94,12 @@ def write_search_report(out: str, *, dry_run: bool = False) -> str:
 # What is read
 
 
-def _read_config(out: str) -> tuple[str, Record, SearchOptions]:
+def read_search(out: str) -> tuple[str, Record, SearchOptions]:
+    """``search.yaml``: its text, its values, and its ``search`` section.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
     where = storage.join(out, SEARCH_FILE)
     try:
         text = storage.read_bytes(where).decode()

@@ -25,13 +25,12 @@ from pipeline.search.bench import Bench, Remembered, make_work
 from pipeline.search.fields import overrides
 from pipeline.search.findings import planned_rungs, winner
 from pipeline.search.ladder import Ladder
-from pipeline.search.measure import PREPARED
 from pipeline.search.options import SearchOptions
 from pipeline.search.report import FINAL_FILE, SEARCH_FILE, gains, read_final, write_search_report
 from pipeline.search.space import Space, make_space
 from pipeline.search.split import check_split, split_dataset
 from pipeline.search.table import TRIALS_FILE, write_trials
-from pipeline.search.trial import Measured, Trial
+from pipeline.search.trial import PREPARED, Measured, Trial, full_run
 from pipeline.summary import SUMMARY_FILE
 
 FOLDER, BEST_FILE = "search", "best.yaml"
@@ -59,7 +58,7 @@ def search(config: Config, *, dry_run: bool = False, serial: bool = False) -> No
         raise UserError(
             "search: is not given; say what to vary, e.g. search: {space: {recover.r_bn: {log: [0.1, 100]}}}"
         )
-    ready = preflight(final_config(config, options, "default"))
+    ready = preflight(final_config(config, options))
     found = Search(config, options, ready, serial)
     check_split(ready.train, options.split.per_class, found.most_images)
     # Before the teachers are trained; Tune asks for them later.
@@ -80,21 +79,21 @@ def search(config: Config, *, dry_run: bool = False, serial: bool = False) -> No
     _say(f"report: {write_search_report(config.out)}")
 
 
-def final_config(config: Config, options: SearchOptions, name: str) -> Config:
+def final_config(config: Config, options: SearchOptions, number: int = 0) -> Config:
     """A full run, as an ordinary configuration.
 
     Args:
         config: of the search, at some point.
         options: of the search.
-        name: of the run's folder below the search's.
+        number: of the trial at that point.
     """
-    root = storage.join(config.out, FOLDER)
+    root, where = storage.join(config.out, FOLDER), full_run(number)
     # Both full runs, and the next search, train each teacher once.
     cache = config.squeeze.cache or storage.join(root, "teachers")
     return config.model_copy(
         update={
-            "name": f"{config.name}-{name}",
-            "out": storage.join(root, "final", name),
+            "name": f"{config.name}-{where.rpartition('/')[2]}",
+            "out": storage.join(root, *where.split("/")),
             "evaluate": config.evaluate.model_copy(update={"seeds": options.final_seeds, "baselines": []}),
             "squeeze": config.squeeze.model_copy(update={"cache": cache}),
             "search": None,
@@ -207,10 +206,8 @@ class Search:
 
     def finish(self, best: Trial) -> None:
         """Write the best configuration; measure it and the default in full, on the test data."""
-        default = final_config(self.config, self.options, "default")
-        # By its number: a longer search may have another winner.
-        name = f"trial-{best.number:05d}"
-        won = final_config(self.space.apply(best.point), self.options, name) if best.number else default
+        default = final_config(self.config, self.options)
+        won = final_config(self.space.apply(best.point), self.options, best.number) if best.number else default
         # As users know a run, with the baselines that a comparison with the default does without.
         evaluate = won.evaluate.model_copy(update={"baselines": self.config.evaluate.baselines})
         runnable = dump_yaml(won.model_copy(update={"evaluate": evaluate}))

@@ -9,6 +9,15 @@ from cluster.resources import Frozen
 State = Literal["running", "finished", "stopped", "failed"]
 
 
+PREPARED, FINAL = "base", "final"
+"""Below a search's folder: the run of its teachers, and the folder of the full runs."""
+
+
+def full_run(number: int) -> str:
+    """Path of a trial's full run below the search's folder, by its number: a longer search may have another winner."""
+    return f"{FINAL}/trial-{number:05d}" if number else f"{FINAL}/default"
+
+
 class Measured(Frozen):
     """One rung of one trial.
 

@@ -164,7 +164,7 @@ def test_watching_ends_with_the_driver(tmp_path, tiny_config, monkeypatch):
     lease = Lease(out)
     with lease:
         monkeypatch.setattr(time, "sleep", lambda seconds: lease.release())
-        status_text.print_status(out, watch=True)
+        status_text.print_status(out, read_status, status_text.lines, watch=True)
     assert "run (prism) at" in shown.getvalue()
     assert ": running" in shown.getvalue()
     assert ": stopped" in shown.getvalue()

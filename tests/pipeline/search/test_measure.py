@@ -12,7 +12,8 @@ from cluster.errors import RunError
 from pipeline.config import Config
 from pipeline.loading import load_config
 from pipeline.run import execute
-from pipeline.search.measure import PREPARED, lighten, look_up, measure
+from pipeline.search.measure import lighten, look_up, measure
+from pipeline.search.trial import PREPARED
 
 BOTH = "recover.bn_teachers=[res, conv]"
 SOURCE = """
