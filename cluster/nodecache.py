@@ -102,6 +102,18 @@ class NodeCache:
         """
         return self._entry(_key(["made", what]), fill, lambda path: str(path.stat().st_size))
 
+    def room(self) -> int:
+        """Bytes that all entries together may have, the present ones included; 0 where there is no cache."""
+        try:
+            self._prepare()
+            return self._room(sum(path.lstat().st_size for path in self.folder.iterdir()))
+        except OSError:
+            return 0
+
+    def _room(self, held: int) -> int:
+        free = shutil.disk_usage(self.folder).free
+        return int(SHARE * (free + held)) if self._limit is None else self._limit
+
     def _entry(self, key: str, fill: Callable[[Path, Reserve], None], check: Callable[[Path], str]) -> Path | None:
         """The file ``KEY-CHECK``, where ``check`` gives CHECK again, or made anew."""
         try:
@@ -158,9 +170,8 @@ class NodeCache:
                     own = found.st_blocks * 512
                 elif path.suffix != ".lock":
                     held.append((found.st_mtime, found.st_size, path))
-        free = shutil.disk_usage(self.folder).free
         total = sum(taken for _, taken, _ in held)
-        limit = int(SHARE * (free + total + own)) if self._limit is None else self._limit
+        limit = self._room(total + own)
         for used, taken, path in sorted(held):
             if total + size <= limit:
                 return

@@ -98,7 +98,7 @@ def run_trainers(
 
     def drive(group: str) -> None:
         try:
-            _run_group(_Loop(loop, settled.threads, queue, group), config, settled, group, storage_uri, max_failures)
+            _run_group(_Loop(loop, settled, queue, group), config, settled, group, storage_uri, max_failures)
         except Exception as error:
             if isinstance(error, WorkersLost):
                 queue.give_up.remote(group)
@@ -189,18 +189,19 @@ def _run_group(
 class _Loop:
     """A worker's loop with its thread cap and the jobs of its group."""
 
-    def __init__(self, loop: Loop, threads: int, queue: Any, group: str):
-        self.loop, self.threads, self.queue, self.group = loop, threads, queue, group
+    def __init__(self, loop: Loop, settled: Settled, queue: Any, group: str):
+        self.loop, self.settled, self.queue, self.group = loop, settled, queue, group
 
     def __call__(self, config: dict[str, Any]) -> None:
         import ray.train
         import ray.train.torch
 
-        torch.set_num_threads(self.threads)
-        os.environ["OMP_NUM_THREADS"] = str(self.threads)
+        torch.set_num_threads(self.settled.threads)
+        os.environ["OMP_NUM_THREADS"] = str(self.settled.threads)
         context = ray.train.get_context()
         device, rank, world = str(ray.train.torch.get_device()), context.get_world_rank(), context.get_world_size()
-        worker = Worker(device, rank, world, ray.train.torch.prepare_model) if world > 1 else Worker(device)
+        wrap = {"wrap": ray.train.torch.prepare_model} if world > 1 else {}
+        worker = Worker(device, rank, world, gpus=self.settled.gpus, **wrap)
         self.loop(config, self._jobs(worker), worker)
 
     def _jobs(self, worker: Worker) -> Iterator[int]:

@@ -156,13 +156,16 @@ def status(
     """Show what a run, or a search, has done and is doing, from its directory alone."""
     from cluster import storage
     from pipeline import status_text
+    from pipeline.rundir import RUN_FILE
     from pipeline.search import status as of_search
     from pipeline.search.report import SEARCH_FILE
     from pipeline.status import read_status
 
-    if storage.exists(storage.join(out, SEARCH_FILE)):
+    searched = storage.exists(storage.join(out, SEARCH_FILE))
+    if searched:
         status_text.print_status(out, of_search.read_status, of_search.lines, as_json=as_json, watch=watch)
-    else:
+    # A directory may hold both.
+    if not searched or storage.exists(storage.join(out, RUN_FILE)):
         status_text.print_status(out, read_status, status_text.lines, as_json=as_json, watch=watch)
 
 

@@ -79,7 +79,7 @@ class ResourcesConfig(Frozen):
     """Where and on how much the stages run.
 
     Changing it never changes results, except ``placement`` and ``threads``, which for trainings come from the CPUs,
-    ``parallel`` and the number of networks where they are left open.
+    ``gpus``, ``parallel`` and the number of networks where they are left open.
 
     Attributes:
         placement: of the teachers of recovery. ``colocated`` = all in the unit's actor, on one device; ``per_teacher``

@@ -19,9 +19,11 @@ def pick_device(gpu: bool) -> torch.device:
 
 @contextlib.contextmanager
 def reproducible(tf32: bool = True) -> Iterator[None]:
-    """Same bytes from the same work on the same GPU.
+    """cuDNN computes the same bytes from the same work on the same GPU.
 
-    No timing-based choice among cuDNN's algorithms, and none that adds in whatever order threads come.
+    No timing-based choice among its algorithms, and none that adds in whatever order threads come. That goes for all
+    that the built-in networks are made of; a network of the user's may have layers whose own kernels add so (the
+    backward pass of adaptive pooling to more than one pixel, of interpolation).
 
     Args:
         tf32: False: full float32; True: as the process has it, where cuDNN uses TF32.

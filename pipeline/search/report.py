@@ -154,7 +154,7 @@ def gains(final: Record | None) -> dict[str, Gain]:
 def _rungs(options: SearchOptions, rungs: int) -> list[str]:
     """What each rung changes, in words."""
     return [
-        ", ".join(f"{field} = {_shown(value)}" for field, value in overrides.items()) or "the configuration as it is"
+        ", ".join(f"{field} = {readable(value)}" for field, value in overrides.items()) or "the configuration as it is"
         for overrides in options.rungs[-rungs:]
     ]
 
@@ -172,7 +172,7 @@ def _table(trials: Sequence[Trial], rungs: int, space: Sequence[str], best: Tria
             {
                 "trial": trial,
                 "best": best is not None and trial.number == best.number,
-                "values": [_shown(trial.point[field]) if field in trial.point else "–" for field in fields],
+                "values": [readable(trial.point[field]) if field in trial.point else "–" for field in fields],
                 "rungs": [_cell(trial.rungs[i]) if i < len(trial.rungs) else None for i in range(rungs)],
             }
             for trial in shown
@@ -185,10 +185,10 @@ def _cell(rung: Measured) -> Record:
     return {"mean": rung.top1, "sd": statistics.stdev(rung.top1_seeds) if len(rung.top1_seeds) > 1 else None}
 
 
-def _shown(value: Any) -> str:
+def readable(value: Any) -> str:
     """A field's value as people write it."""
     if isinstance(value, list):
-        return ", ".join(map(_shown, value)) or "none"
+        return ", ".join(map(readable, value)) or "none"
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -30,10 +30,10 @@ from pipeline.search.report import FINAL_FILE, SEARCH_FILE, gains, read_final, w
 from pipeline.search.space import Space, make_space
 from pipeline.search.split import check_split, split_dataset
 from pipeline.search.table import TRIALS_FILE, write_trials
-from pipeline.search.trial import PREPARED, Measured, Trial, full_run
+from pipeline.search.trial import FOLDER, PREPARED, Measured, Trial, full_run
 from pipeline.summary import SUMMARY_FILE
 
-FOLDER, BEST_FILE = "search", "best.yaml"
+BEST_FILE = "best.yaml"
 # Where the number of virtual machines is left open, so many results come for each of them.
 LESSONS = 8
 # Names of the objectives in ``Measured``, and which way is better.
@@ -62,13 +62,13 @@ def search(config: Config, *, dry_run: bool = False, serial: bool = False) -> No
     found = Search(config, options, ready, serial)
     check_split(ready.train, options.split.per_class, found.most_images)
     # Before the teachers are trained; Tune asks for them later.
-    _ = found.callbacks
+    callbacks = found.callbacks(reach=not dry_run)
     if dry_run:
         found.show()
         return
     session = contextlib.nullcontext() if serial else ray_session(config.resources.session)
     with Lease(found.root, say=_say) as lease, session, lease.guard():
-        trials = found.try_all()
+        trials = found.try_all(callbacks)
         report = write_search_report(config.out)
         best = found.best_of(trials, report)
         lease.check()
@@ -138,9 +138,11 @@ class Search:
         at_rungs = [overrides(self.config, rung).recover.ipc for rung in self.options.rungs]
         return max([*at_rungs, *tried.get("recover.ipc", []), self.config.recover.ipc])
 
-    @cached_property
-    def callbacks(self) -> Sequence[Any]:
+    def callbacks(self, reach: bool) -> Sequence[Any]:
         """What tells the trackers of the jobs.
+
+        Args:
+            reach: see whether they answer.
 
         Raises:
             UserError: a tracker cannot be used.
@@ -149,7 +151,7 @@ class Search:
             return []
         from cluster.trackers import make_trackers
 
-        return make_trackers(self.options.trackers, self.config.name, "search.trackers")
+        return make_trackers(self.options.trackers, self.config.name, "search.trackers", reach=reach)
 
     def show(self) -> None:
         """What would be searched, and what its rungs are planned to cost."""
@@ -162,8 +164,11 @@ class Search:
             seconds = bench.planned(point, index)[0]
             _say(f"  rung {index + 1}: {words}; the default takes {seconds:.3g} s of an RTX 4090 by arithmetic")
 
-    def try_all(self) -> list[Trial]:
+    def try_all(self, callbacks: Sequence[Any] = ()) -> list[Trial]:
         """Every trial, on data and teachers of the search's own.
+
+        Args:
+            callbacks: told of the jobs.
 
         Raises:
             UserError: the folder holds another search, or a job fits nowhere.
@@ -180,7 +185,7 @@ class Search:
                 shown.advance(_sentence(trial, len(bench.rungs)))
 
             ladder = self._ladder(space, bench, kept, tell)
-            self._run(bench, ladder, kept)
+            self._run(bench, ladder, kept, callbacks)
         return ladder.trials
 
     def best_of(self, trials: list[Trial], report: str) -> Trial:
@@ -314,7 +319,7 @@ class Search:
             tell=tell,
         )
 
-    def _run(self, bench: Bench, ladder: Ladder, kept: dict[str, Any]) -> None:
+    def _run(self, bench: Bench, ladder: Ladder, kept: dict[str, Any], callbacks: Sequence[Any]) -> None:
         from cluster.tune import run_here, run_tune
 
         work, jobs = make_work(self.root, bench), Remembered(ladder, self.root, bench)
@@ -323,7 +328,7 @@ class Search:
         if self.serial:
             run_here(work, jobs)
         else:
-            run_tune(work, jobs, self.root, self.options.cpus, kept["gpus"], kept["parallel"], self.callbacks)
+            run_tune(work, jobs, self.root, self.options.cpus, kept["gpus"], kept["parallel"], callbacks)
 
 
 def _sentence(trial: Trial, rungs: int) -> str:

@@ -11,13 +11,11 @@ from cluster import storage
 from pipeline import status_text
 from pipeline.rundir import RUN_FILE
 from pipeline.search.findings import planned_rungs, winner
-from pipeline.search.report import FINAL_FILE, read_final, read_search
+from pipeline.search.report import read_final, read_search, readable
 from pipeline.search.table import TRIALS_FILE, read_trials
-from pipeline.search.trial import PREPARED, Trial, full_run
+from pipeline.search.trial import FOLDER, PREPARED, Trial, full_run
 from pipeline.status import Driver, Status, read_driver
 from pipeline.status import read_status as read_run_status
-
-FOLDER = FINAL_FILE.partition("/")[0]
 
 
 class Best(BaseModel):
@@ -74,24 +72,38 @@ def read_status(out: str) -> SearchStatus:
     best = winner(trials, rungs)
     folders = dict.fromkeys([PREPARED, full_run(0), full_run(best.number if best else 0)])
     found = {folder: storage.join(root, *folder.split("/")) for folder in folders}
+    ended = sum(trial.state != "running" for trial in trials)
+    final = read_final(out)
+    # That of a shorter search is not the end of a longer one.
+    done = ended >= options.trials and final is not None and best is not None and final["number"] == best.number
     alive = driver is not None and driver.alive
     return SearchStatus(
         name=str(config.get("name", "search")),
         out=out,
-        state="running" if alive else "finished" if read_final(out) else "stopped",
+        state="running" if alive else "finished" if done else "stopped",
         driver=driver,
         planned=options.trials,
         reached=[sum(len(trial.rungs) > rung for trial in trials) for rung in range(rungs)],
-        ended=sum(trial.state != "running" for trial in trials),
+        ended=ended,
         failed=sum(trial.state == "failed" for trial in trials),
         best=_best(best, rungs),
         default=_best(trials[0] if trials else None, rungs),
         runs={
-            folder: read_run_status(where)
+            folder: _run(folder, where)
             for folder, where in found.items()
             if storage.exists(storage.join(where, RUN_FILE))
         },
     )
+
+
+def _run(folder: str, where: str) -> Status:
+    """Of the run of the teachers, what it is for."""
+    found = read_run_status(where)
+    if folder != PREPARED:
+        return found
+    squeeze = found.stages[0]
+    state = "finished" if found.state == "stopped" and squeeze.done == squeeze.planned else found.state
+    return found.model_copy(update={"stages": [squeeze], "state": state})
 
 
 def _best(trial: Trial | None, rungs: int) -> Best | None:
@@ -109,10 +121,9 @@ def lines(status: SearchStatus) -> Iterator[str]:
     yield f"trials     {status.ended}/{status.planned} ended; measured: {counts}{failed}"
     for label, best in (("best", status.best), ("default", status.default)):
         if best:
-            point = ", ".join(f"{field} = {value}" for field, value in best.point.items())
+            point = ", ".join(f"{field} = {readable(value)}" for field, value in best.point.items())
             yield f"{label:<10} trial {best.number}: {best.top1:.2f} % ({point})"
-    for folder, run in status.runs.items():
-        wanted = run.stages[:1] if folder == PREPARED else run.stages
-        if any(stage.planned is None or stage.done < stage.planned for stage in wanted):
+    for run in status.runs.values():
+        if any(stage.planned is None or stage.done < stage.planned for stage in run.stages):
             yield ""
             yield from status_text.lines(run)

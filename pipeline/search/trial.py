@@ -9,8 +9,8 @@ from cluster.resources import Frozen
 State = Literal["running", "finished", "stopped", "failed"]
 
 
-PREPARED, FINAL = "base", "final"
-"""Below a search's folder: the run of its teachers, and the folder of the full runs."""
+FOLDER, PREPARED, FINAL = "search", "base", "final"
+"""A search's folder in its directory; in that, the run of its teachers, and the folder of the full runs."""
 
 
 def full_run(number: int) -> str:

@@ -152,7 +152,9 @@ def _settled(resources: TrainResources, trainings: int, serial: bool) -> Settled
     """What each of so many trainings will have."""
     if serial:
         threads = resources.threads or torch.get_num_threads()
-        return Settled(groups=1, workers=1, threads=threads, cpus=0.0, gpus=0)
+        return Settled(
+            groups=1, workers=1, threads=threads, cpus=0.0, gpus=float(pick_device(resources.gpus != 0).type == "cuda")
+        )
     from cluster.training import settle
 
     return settle(resources, max(1, trainings), "resources.squeeze")

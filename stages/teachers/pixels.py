@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from cluster.errors import RunError
 from cluster.nodecache import node_cache
 from cluster.shards import Dataset, read_shard
+from cluster.version import __version__
 from stages.data import DataSpec
 from stages.images import to_pixels
 from stages.pixelfile import map_pixels, row_bytes
@@ -75,8 +77,10 @@ def shared_pixels(dataset: Dataset, shard: int, start: int, stop: int, data: Dat
 
     def decode() -> tuple[Tensor, Tensor]:
         local = node_cache().local(uri, version=dataset.fingerprint)
-        table = read_shard(local, ["image", "label"], name=uri).slice(start, stop - start)
-        return decode_rows(table, data, f"{uri} from row {start}")
+        table = read_shard(local, ["image", "label"], name=uri)
+        if len(table) < stop:
+            raise RunError(f"{uri}: has {len(table)} rows where dataset.json says more; import the data again")
+        return decode_rows(table.slice(start, stop - start), data, f"{uri} from row {start}")
 
     def fill(path: Path, reserve: Callable[[int], None]) -> None:
         reserve((stop - start) * row_bytes(data))
@@ -85,7 +89,11 @@ def shared_pixels(dataset: Dataset, shard: int, start: int, stop: int, data: Dat
                 file.write(part.numpy().data)
 
     what = ["pixels", dataset.fingerprint, dataset.shards[shard], start, stop]
-    path = node_cache().make([*what, data.image_size, data.channels, data.resize], fill)
+    # And by what they are decoded.
+    how = [data.image_size, data.channels, data.resize, PIL.__version__, __version__]
+    # All or nothing: slices come round in turn, so of a part of them each would be dropped just before its next use.
+    fits = node_cache().room() >= dataset.num_images * row_bytes(data)
+    path = node_cache().make([*what, *how], fill) if fits else None
     if path is None:
         return decode()
     with path.open("rb") as file:

@@ -1,18 +1,26 @@
-"""Actors of a pool without GPUs keep off a GPU that they can see."""
+"""Actors of a pool without GPUs keep off a GPU that they can see; on one, all work is repeatable."""
 
 from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from cluster.resources import ActorResources
+from cluster.worker import Worker
 from stages.data import DataSpec
 from stages.device import pick_device
 from stages.evaluate.diversity import diversity_stage
+from stages.evaluate.train import train_jobs
+from stages.evaluate.validate import count_correct
 from stages.recover.options import RecoverOptions
 from stages.recover.stage import recover_stage
 from stages.relabel.options import RelabelOptions
-from stages.relabel.stage import relabel_stages
+from stages.relabel.stage import TeacherStage, relabel_stages
+from stages.relabel.unit import LabelUnit
+from stages.squeeze.stage import run_jobs
 from stages.teachers.options import TeacherSpec
 
 DATA = DataSpec(8, 3, (0.5,) * 3, (0.2,) * 3, ("a", "b"))
@@ -23,6 +31,56 @@ SPEC = TeacherSpec(arch="builtin:convnet_d3", weights="w")
 def test_device(monkeypatch, gpu, there, kind):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(there))
     assert pick_device(bool(gpu)).type == kind
+
+
+class Flags(torch.nn.Module):
+    """Answers like a network, and notes how cuDNN would compute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.seen = torch.nn.Parameter(torch.zeros(1)), []
+
+    def note(self) -> Iterator[int]:
+        self.seen.append((torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark))
+        yield from ()
+
+    def forward(self, x):
+        list(self.note())
+        return torch.zeros(len(x), 2)
+
+
+def label(flags: Flags) -> None:
+    stage = TeacherStage.__new__(TeacherStage)
+    stage.options, stage.seed, stage.data, stage.device = RelabelOptions(batch=4), 0, DATA, torch.device("cpu")
+    stage.images, stage.teacher = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), flags
+    stage.label(LabelUnit(epoch_start=0, epoch_stop=1, position_start=0, position_stop=4, num_images=4))
+
+
+def squeeze(flags: Flags, folder: str) -> None:
+    empty = {"out_uri": folder, "jobs": [], "train_uri": folder, "val_uri": folder, "options": {}, "seed": 0}
+    run_jobs({**empty, "data": dataclasses.asdict(DATA)}, flags.note(), Worker())
+
+
+WORK = {
+    "label": lambda flags, folder: label(flags),
+    "squeeze": squeeze,
+    "evaluate": lambda flags, folder: train_jobs(folder, flags.note(), DATA, Worker()),
+    "validate": lambda flags, folder: count_correct(
+        flags, torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), DATA
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_what_is_computed_on_a_gpu_is_computed_the_same_way_every_time(monkeypatch, tmp_path, name):
+    monkeypatch.setattr("stages.squeeze.stage.load_dataset", lambda *arguments: None)
+    monkeypatch.setattr("stages.squeeze.stage.RealImages", lambda *arguments, **options: None)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    flags = Flags()
+    WORK[name](flags, str(tmp_path))
+    assert flags.seen == [(True, False)]
+    assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark) == (False, True)
 
 
 @pytest.mark.parametrize(("gpus", "wanted"), [(None, "cuda"), (0.5, "cuda"), (0, "cpu")])

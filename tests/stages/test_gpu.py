@@ -66,16 +66,16 @@ def test_a_teacher_is_trained_to_the_same_bytes(family: str) -> None:
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def student(family: str, device: str) -> dict[str, Tensor]:
+def student(family: str) -> dict[str, Tensor]:
     images = ImageSet(pixels(), torch.arange(COUNT) % 10)
     network = new_student("s", NetworkSpec(arch=f"builtin:{family}"), DATA, 0)
-    training = StudentTraining(network, images, Protocol(batch=10, lr=0.001), DATA, 2, 7, Worker(device))
+    training = StudentTraining(network, images, Protocol(batch=10, lr=0.001), DATA, 2, 7, Worker("cuda"))
 
     def labels(epoch: int) -> EpochLabels:
         logits = np.random.default_rng(epoch).normal(0, 4, (COUNT, 10)).astype(np.float16)
         return EpochLabels(draw_views(5, epoch, COUNT, 32, RelabelOptions()), logits)
 
-    with reproducible(tf32=False):
+    with reproducible():
         for _ in train_student(training, labels):
             pass
     return {name: value.cpu() for name, value in training.weights().items()}
@@ -83,7 +83,7 @@ def student(family: str, device: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("family", ["resnet18", *FAMILIES])
 def test_a_student_is_trained_to_the_same_bytes(family: str) -> None:
-    one, two = student(family, "cuda"), student(family, "cuda")
+    one, two = student(family), student(family)
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 

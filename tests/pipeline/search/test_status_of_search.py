@@ -71,5 +71,18 @@ def test_full_runs_are_shown_until_they_are_done(prism, tiny_config, out):
     code, text, err = prism("status", out)
     assert code == 0, err
     assert f"run (prism) at {won}: stopped" in text.splitlines()
-    storage.write_json(storage.join(out, "search", "final.json"), made_up.FINAL)
+    final = storage.join(out, "search", "final.json")
+    # Of a shorter search, with another winner.
+    storage.write_json(final, {**made_up.FINAL, "winner": {**made_up.FINAL["winner"], "number": BEST.number + 1}})
+    assert prism("status", out)[1].splitlines()[0].endswith(": search, stopped")
+    storage.write_json(final, {**made_up.FINAL, "winner": {**made_up.FINAL["winner"], "number": BEST.number}})
     assert prism("status", out)[1].splitlines()[0].endswith(": search, finished")
+
+
+def test_a_directory_may_hold_a_run_too(prism, tiny_config, out):
+    made_up.write(out, TRIALS)
+    claim(load_config(str(tiny_config(out=out))), {})
+    code, text, err = prism("status", out)
+    assert code == 0, err
+    assert f"pools for <CIFAR-10> at {out}: search, stopped" in text.splitlines()
+    assert f"run (prism) at {out}: stopped" in text.splitlines()
