@@ -6,6 +6,7 @@ Which job is next, and in which order results count, is the search's business (`
 from __future__ import annotations
 
 import os
+import traceback
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from types import SimpleNamespace
@@ -205,7 +206,12 @@ def run_tune(
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(at_once)
 
     def job(config: dict[str, Any]) -> None:
-        tune.report(work(config))
+        try:
+            result = work(config)
+        except Exception:
+            # Tune writes it into its records.
+            raise RuntimeError(redact(traceback.format_exc())) from None
+        tune.report(result)
 
     # Of an earlier start; what its jobs made is elsewhere and is found.
     storage.remove(storage.join(folder, EXPERIMENT))

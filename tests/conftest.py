@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from s3 import swift
@@ -122,3 +123,24 @@ def ray_local(s3_server: str) -> Iterator[None]:
 
     with ray_session(SessionOptions(num_cpus=2, object_store_mb=200, no_progress_timeout_s=120)):
         yield
+
+
+@pytest.fixture
+def start_machines() -> Iterator[Callable[..., tuple[str, list[Any]]]]:
+    """Starts a Ray cluster of machines that are processes of this one, with so many CPUs and GPUs each.
+
+    Beside them is a head without any. Returns its address and the machines.
+    """
+    from ray.cluster_utils import Cluster
+
+    with ExitStack() as stack:
+
+        def start(*machines: tuple[int, int]) -> tuple[str, list[Any]]:
+            small = {"object_store_memory": 100 * 2**20}
+            cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **small})
+            stack.callback(cluster.shutdown)
+            own = [cluster.add_node(wait=False, num_cpus=cpus, num_gpus=gpus, **small) for cpus, gpus in machines]
+            cluster.wait_for_nodes(120)
+            return cluster.address, own
+
+        yield start

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import uuid
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import ray.cloudpickle
 from ray.tune import Callback
 
+from cluster import storage
 from cluster.tune import EXPERIMENT, RESTARTS, Halving, run_here, run_tune
 
 # Ray's workers cannot import a test module.
@@ -57,6 +59,8 @@ def make_work(folder: str) -> Any:
     def work(job: dict[str, Any]) -> dict[str, Any]:
         (Path(folder) / f"{job['key']}-{time.monotonic_ns()}").touch()
         if job["x"] == 1 and folder.endswith("ray"):
+            if len(list(Path(folder).glob("job-1-*"))) == 1:
+                raise ValueError("http://user:a-password@host does not answer")
             os._exit(1)  # as the kernel does to a process that takes too much memory
         return {"value": float("nan") if job["x"] == 2 else 10.0 * job["x"], "reason": "some words"}
 
@@ -79,8 +83,40 @@ def test_jobs_run_under_tune(ray_local: None, tmp_path: Path) -> None:
     # A process that ends may have been unlucky; a failure in words is not repeated.
     starts = [path.name[:5] for path in folder.iterdir()]
     assert [starts.count(f"job-{number}") for number in range(4)] == [1, 1 + RESTARTS, 1, 1]
+    # What users are sent to, without secrets.
+    words = (tmp_path / EXPERIMENT / "job-1" / "error.txt").read_text()
+    assert "ValueError: http://***@host does not answer" in words
+    assert b"a-password" not in b"".join(p.read_bytes() for p in (tmp_path / EXPERIMENT).rglob("*") if p.is_file())
     # What people open with TensorBoard.
     assert list((tmp_path / EXPERIMENT).rglob("events.out.tfevents*"))
+
+
+class Two(Chain):
+    """Two jobs, named by the start."""
+
+    most_jobs = 2
+
+    def __init__(self, start: str) -> None:
+        super().__init__()
+        self.left = [{"key": f"{start}-{number}", "x": number} for number in range(2)]
+
+    @property
+    def finished(self) -> bool:
+        return len(self.found) == 2
+
+
+@pytest.mark.ray
+@pytest.mark.s3
+def test_records_on_s3_are_those_of_the_last_start(ray_local: None, s3_server: str) -> None:
+    folder = f"{s3_server}/{uuid.uuid4().hex}"
+    for start in ("first", "second"):
+        jobs = Two(start)
+        run_tune(lambda job: {"value": 10.0 * job["x"]}, jobs, folder, 0.5, 0.0, 2)
+        assert jobs.found == {f"{start}-0": 0.0, f"{start}-1": 10.0}
+        fs, path = storage.resolve(storage.join(folder, EXPERIMENT))
+        assert {name.removeprefix(f"{path}/").rpartition("/")[0] for name in fs.find(path)} == {"", *jobs.found}
+        for key in jobs.found:
+            assert {"params.json", "result.json"} <= storage.list_files(storage.join(folder, EXPERIMENT, key)).keys()
 
 
 def test_jobs_run_here(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,6 +134,28 @@ def test_ray_gives_the_table_of_the_serial_search(prism, ray_local, tiny_config,
     (ray_table, ray_final), (serial_table, serial_final) = tables
     assert ray_table == serial_table
     assert ray_final["winner"]["top1"] == serial_final["winner"]["top1"]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_full_cluster_gives_the_table_of_the_serial_search(prism, start_machines, tiny_config, tmp_path) -> None:
+    """Jobs hold all that there is: one that asked for more than was reserved for it would wait for ever."""
+    out = tmp_path / "out"
+    settings = {**SEARCH, "trials": 8, "parallel": 4, "cpus": 1}
+    config = tiny_config(out=str(out), search=settings, evaluate={"baselines": []})
+    code, _, err = prism("search", config, "--serial")
+    assert code == 0, err
+    serial, jobs = table(out), measured(out).keys()
+    # Split, teachers and full runs stay.
+    for name in ("measured", "units"):
+        shutil.rmtree(out / "search" / name)
+    (out / "search" / "trials.parquet").unlink()
+
+    address, _ = start_machines((1, 0), (1, 0), (1, 0))
+    command = [sys.executable, "-m", "pipeline", "search", str(config), f"resources.session.address={address}"]
+    subprocess.run(command, check=True, timeout=240)
+    assert measured(out).keys() == jobs
+    assert table(out) == serial
 
 
 def test_a_search_needs_its_section(prism, tiny_config) -> None:
