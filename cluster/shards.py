@@ -235,7 +235,7 @@ class Dataset:
 
 
 def fingerprint(hashes: list[tuple[str, str]]) -> str:
-    """Fingerprint of a dataset from (shard name, sha256 of the shard) pairs."""
+    """Fingerprint of a dataset from (shard name, sha256 of its images and labels) pairs."""
     return hashlib.sha256(json.dumps(sorted(hashes)).encode()).hexdigest()
 
 

@@ -17,7 +17,7 @@ class WrittenShard:
     Attributes:
         name: of its file.
         record: what it holds.
-        sha256: of its bytes.
+        sha256: of its images and labels.
     """
 
     name: str

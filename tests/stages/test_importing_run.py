@@ -8,6 +8,7 @@ import uuid
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -17,6 +18,7 @@ from cluster.errors import RunError, UserError
 from cluster.runner import run_ray, run_serial
 from stages.importing import import_dataset, stage
 from stages.importing.detect import open_source
+from stages.importing.stage import content_sha256
 
 
 def encoded(value: int, form: str = "PNG", size: int = 16) -> bytes:
@@ -234,6 +236,21 @@ def test_unusable_destination(tree, tmp_path):
     for inside in (tree, tree / "out"):
         with pytest.raises(UserError, match=r"^DST: .*lies within SRC"):
             serial(tree, inside)
+
+
+def test_a_fingerprint_is_of_the_images_not_of_how_the_file_was_written(tree, tmp_path):
+    serial(tree, tmp_path / "dst")
+    dataset = shards.load_dataset(str(tmp_path / "dst" / "train"))
+    table, names = shards.read_shard(dataset.shard_uri(0)), dataset.class_names
+    digest = content_sha256(table, names)
+    assert dataset.fingerprint == shards.fingerprint([(dataset.shards[0][0], digest)])
+    pq.write_table(table, tmp_path / "other.parquet", compression="gzip", row_group_size=1)
+    assert (tmp_path / "other.parquet").read_bytes() != storage.read_bytes(dataset.shard_uri(0))
+    assert content_sha256(pq.read_table(tmp_path / "other.parquet"), names) == digest
+    labels = pa.array([(label + 1) % 3 for label in table["label"].to_pylist()])
+    others = [table.set_column(1, table.schema.field("label"), labels), table.slice(1), table.take([1, 0])]
+    digests = {content_sha256(other, names) for other in others}
+    assert len(digests | {digest, content_sha256(table, names[::-1])}) == 5
 
 
 @pytest.mark.s3
