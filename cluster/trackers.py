@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from functools import partialmethod
 from typing import Any
 
 from ray.tune import Callback
@@ -38,29 +39,12 @@ class Tolerant(Callback):
             words = redact(first_line(error))
             console.print(f"warning: {self.name} failed and is told nothing more ({words})", style="yellow")
 
-    def setup(self, *args: Any, **kwargs: Any) -> None:
-        """See ``Callback``."""
-        self._pass("setup", *args, **kwargs)
-
-    def on_trial_start(self, *args: Any, **kwargs: Any) -> None:
-        """See ``Callback``."""
-        self._pass("on_trial_start", *args, **kwargs)
-
-    def on_trial_result(self, *args: Any, **kwargs: Any) -> None:
-        """See ``Callback``."""
-        self._pass("on_trial_result", *args, **kwargs)
-
-    def on_trial_complete(self, *args: Any, **kwargs: Any) -> None:
-        """See ``Callback``."""
-        self._pass("on_trial_complete", *args, **kwargs)
-
-    def on_trial_error(self, *args: Any, **kwargs: Any) -> None:
-        """See ``Callback``."""
-        self._pass("on_trial_error", *args, **kwargs)
-
-    def on_experiment_end(self, *args: Any, **kwargs: Any) -> None:
-        """See ``Callback``."""
-        self._pass("on_experiment_end", *args, **kwargs)
+    setup = partialmethod(_pass, "setup")
+    on_trial_start = partialmethod(_pass, "on_trial_start")
+    on_trial_result = partialmethod(_pass, "on_trial_result")
+    on_trial_complete = partialmethod(_pass, "on_trial_complete")
+    on_trial_error = partialmethod(_pass, "on_trial_error")
+    on_experiment_end = partialmethod(_pass, "on_experiment_end")
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune keeps a copy of its settings with every experiment; nobody reads it.
