@@ -206,12 +206,14 @@ def test_what_the_cache_key_depends_on(tmp_path):
     keys.append(key(spec=user))
     assert len(set(keys)) == len(keys)
     # The machine decides on the last bits, but not on what was asked for; nor does the validation data.
-    changes: list[dict[str, Any]] = [{"workers": 2}, {"threads": 2}, {"threads": 3}, {"gpu": True}]
+    changes: list[dict[str, Any]] = [{"workers": 2}, {"threads": 2}, {"threads": 3}, {"gpus": 1.0}]
     machines = [dataclasses.replace(here, **change) for change in changes]
     assert len({key(), *(key(settled=m) for m in machines)}) == 5
     assert {job(settled=m).settings for m in machines} == {job().settings, job(prints=("x", "z")).settings}
     assert job(prints=("z", "y")).settings != job().settings
     assert key() == key(settled=dataclasses.replace(here, cpus=2.0, groups=4))
+    on_gpu = dataclasses.replace(here, gpus=1.0)
+    assert key(settled=on_gpu) == key(settled=dataclasses.replace(on_gpu, gpus=0.2))
     assert key() == key(options=OPTIONS.model_copy(update={"cache": "elsewhere", "epochs": 9, "lr": 9.0}))
 
 
