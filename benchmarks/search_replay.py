@@ -1,0 +1,204 @@
+"""Does a search by TPE and successive halving find with less work what random search finds?
+
+    python benchmarks/search_replay.py record /tmp/replay > benchmarks/results/search_replay.json    # long; resumable
+    python benchmarks/search_replay.py play benchmarks/results/search_replay.json
+
+``record`` measures every point of a grid at every rung, by the jobs of a search, on a split of the demo's training
+images (``search_replay.yaml``). ``play`` drives the search's own sampler, halving and ladder against that table, where
+a number that is suggested counts as the nearest of the grid: nothing is trained. Random search measures its trials in
+full. What counts are the recorded seconds of the jobs, each once, until a point has been measured in full that is as
+good as the best of the whole random search.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from cluster import storage
+from cluster.tune import Halving, Sampler, run_here
+from pipeline.loading import load_config
+from pipeline.paths import absolute
+from pipeline.preflight import preflight
+from pipeline.search.bench import Bench
+from pipeline.search.ladder import Ladder
+from pipeline.search.measure import measure
+from pipeline.search.run import Search, final_config
+from pipeline.search.space import Space
+from pipeline.search.trial import Measured
+
+CONFIG = os.path.join(os.path.dirname(os.path.abspath(__file__)), "search_replay.yaml")
+POOL = "recover.bn_teachers"
+LEVELS = {"recover.r_bn": [0.01, 0.1, 1.0, 10.0, 100.0, 1000.0], "recover.lr": [0.005, 0.05, 0.5]}
+SEARCHES = 25
+
+Point = dict[str, Any]
+
+
+def make(out: str) -> Search:
+    """The search of ``search_replay.yaml``."""
+    config = absolute(load_config(CONFIG, [f"out={out}"]))
+    assert config.search is not None
+    return Search(config, config.search, preflight(final_config(config, config.search)), serial=True)
+
+
+def measured_by(search: Search) -> dict[str, Any]:
+    """What the figures of the table depend on, beside the points."""
+    config = search.config.model_dump(mode="json", include={"recover", "relabel", "evaluate", "teachers", "squeeze"})
+    return config | search.options.model_dump(mode="json", include={"rungs", "seeds", "split"})
+
+
+def grid(space: Space) -> list[Point]:
+    """All pools with all levels."""
+    members = next(variable.axis for variable in space.variables if variable.path == POOL).ends()[-1]
+    pools = [
+        list(pool) for size in range(1, len(members) + 1) for pool in itertools.combinations(members, size)
+    ]  # fmt: skip
+    return [
+        {POOL: pool, **dict(zip(LEVELS, levels, strict=True))}
+        for pool in pools
+        for levels in itertools.product(*LEVELS.values())
+    ]
+
+
+def snapped(point: Point) -> Point:
+    """The point of the grid that a suggestion counts as."""
+    return point | {
+        path: min(levels, key=lambda level: abs(math.log(level / point[path]))) for path, levels in LEVELS.items()
+    }
+
+
+def _measure(root: str, bench: Bench, point: Point, rung: int, name: str) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    return measure(root, bench.config(point, rung), name).model_dump(mode="json")
+
+
+def record(folder: str) -> dict[str, Any]:
+    """The table: point, rung, accuracy of every seed, seconds."""
+    found = make(folder)
+    bench = found._bench(Space(found._prepare(), found.space.variables))
+    jobs = list(itertools.product(grid(found.space), range(len(bench.rungs))))
+    rows: list[dict[str, Any]] = []
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        waiting = [
+            pool.submit(_measure, found.root, bench, point, rung, f"grid-{index}")
+            for index, (point, rung) in enumerate(jobs)
+        ]
+        for (point, rung), job in zip(jobs, waiting, strict=True):
+            measured = job.result()
+            rows.append({"point": point, "rung": rung} | {k: measured[k] for k in ("top1", "top1_seeds", "seconds")})
+            print(len(rows), "of", len(jobs), rows[-1], file=sys.stderr, flush=True)
+    environment = {"cpus": os.cpu_count(), "torch": torch.__version__, "machine": platform.machine()}
+    return {"rows": rows, "measured_by": measured_by(found), "environment": environment}
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Searches against a table.
+
+    Attributes:
+        table: of ``record``.
+    """
+
+    table: dict[str, Any]
+
+    @cached_property
+    def search(self) -> Search:
+        """What is searched."""
+        return make("unused")
+
+    @cached_property
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """Point and rung → what was measured."""
+        return {self._key(row["point"], row["rung"]): row for row in self.table["rows"]}
+
+    @staticmethod
+    def _key(point: Point, rung: int) -> str:
+        return json.dumps([point, rung], sort_keys=True)
+
+    def play(self, kind: str, halving: bool, seed: int) -> list[tuple[float, float]]:
+        """One search: (seconds so far, accuracy) of every job at the last rung, in order.
+
+        Args:
+            kind: of the sampler.
+            halving: climb all rungs; else each trial is measured in full at once.
+            seed: of the sampler.
+        """
+        options, space = self.search.options, self.search.space
+        first = 0 if halving else len(options.rungs) - 1
+        rungs = len(options.rungs) - first
+        sampler = Sampler(space.suggest, space.defaults(), kind, {"top1": "max"}, options.trials, seed)
+
+        def planned(point: Point, rung: int) -> tuple[float, float]:
+            seconds = self.rows[self._key(point, first + rung)]["seconds"]
+            return seconds, seconds
+
+        def observe(number: int, found: Measured | None) -> None:
+            sampler.observe(number, {"top1": found.top1} if found else None)
+
+        ladder = Ladder(
+            sampler.suggest,
+            observe,
+            Halving(rungs, options.reduction_factor).goes_on,
+            lambda params: snapped(space.point(params)),
+            planned,
+            trials=options.trials,
+            rungs=rungs,
+            parallel=options.parallel or 1,
+        )
+        known: set[str] = set()
+        spent, curve = 0.0, []
+
+        def work(job: dict[str, Any]) -> dict[str, Any]:
+            nonlocal spent
+            key = self._key(job["point"], first + job["rung"])
+            row = self.rows[key]
+            if key not in known:
+                known.add(key)
+                spent += row["seconds"]
+            if job["rung"] == rungs - 1:
+                curve.append((spent, row["top1"]))
+            return {"top1": row["top1"], "top1_seeds": row["top1_seeds"], "seconds": row["seconds"]}
+
+        run_here(work, ladder)
+        return curve + [(spent, -math.inf)]
+
+    def share(self, seed: int, kind: str = "tpe", halving: bool = True) -> float:
+        """Seconds until a search has what random search found, over the seconds of that whole random search.
+
+        Args:
+            seed: of the search; the random search has another one, so that they do not try the same points.
+            kind: of its sampler.
+            halving: see ``play``.
+        """
+        drawn = self.play("random", halving=False, seed=SEARCHES + seed)
+        best = max(value for _, value in drawn)
+        reached = (spent for spent, value in self.play(kind, halving, seed) if value >= best)
+        return next(reached, math.inf) / drawn[-1][0]
+
+
+def main(command: str, where: str) -> None:
+    if command == "record":
+        print(json.dumps(record(where)))
+        return
+    replay = Replay(storage.read_json(where))
+    for kind, halving in itertools.product(("tpe", "random"), (True, False)):
+        shares = sorted(replay.share(seed, kind, halving) for seed in range(SEARCHES))
+        words = f"{kind} {'with' if halving else 'without'} halving"
+        print(f"{words:<24} median {statistics.median(shares):.2f} of {SEARCHES}: {[round(s, 2) for s in shares]}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
