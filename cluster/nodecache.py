@@ -104,9 +104,14 @@ class NodeCache:
 
     def room(self) -> int:
         """Bytes that all entries together may have, the present ones included; 0 where there is no cache."""
+        held = 0
         try:
             self._prepare()
-            return self._room(sum(path.lstat().st_size for path in self.folder.iterdir()))
+            for path in self.folder.iterdir():
+                # Others may drop it meanwhile.
+                with contextlib.suppress(FileNotFoundError):
+                    held += path.lstat().st_size
+            return self._room(held)
         except OSError:
             return 0
 

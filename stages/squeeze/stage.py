@@ -110,7 +110,7 @@ def squeeze_teachers(
             }
             if serial:
                 with torch_threads(settled.threads):
-                    run_jobs(arguments, range(len(phase)), Worker(str(pick_device(resources.gpus != 0))))
+                    run_jobs(arguments, range(len(phase)), Worker(str(pick_device(settled.gpus > 0))))
             else:
                 from cluster.training import run_trainers
 
@@ -152,9 +152,8 @@ def _settled(resources: TrainResources, trainings: int, serial: bool) -> Settled
     """What each of so many trainings will have."""
     if serial:
         threads = resources.threads or torch.get_num_threads()
-        return Settled(
-            groups=1, workers=1, threads=threads, cpus=0.0, gpus=float(pick_device(resources.gpus != 0).type == "cuda")
-        )
+        gpu = pick_device(resources.gpus != 0).type == "cuda"
+        return Settled(groups=1, workers=1, threads=threads, cpus=0.0, gpus=float(gpu))
     from cluster.training import settle
 
     return settle(resources, max(1, trainings), "resources.squeeze")

@@ -73,10 +73,10 @@ def read_pixels(
 
 def shared_pixels(dataset: Dataset, shard: int, start: int, stop: int, data: DataSpec) -> tuple[Tensor, Tensor]:
     """Rows ``start:stop`` of a shard, decoded once per node where its cache can hold them; see ``read_pixels``."""
-    uri = dataset.shard_uri(shard)
+    uri, cache = dataset.shard_uri(shard), node_cache()
 
     def decode() -> tuple[Tensor, Tensor]:
-        local = node_cache().local(uri, version=dataset.fingerprint)
+        local = cache.local(uri, version=dataset.fingerprint)
         table = read_shard(local, ["image", "label"], name=uri)
         if len(table) < stop:
             raise RunError(f"{uri}: has {len(table)} rows where dataset.json says more; import the data again")
@@ -92,8 +92,8 @@ def shared_pixels(dataset: Dataset, shard: int, start: int, stop: int, data: Dat
     # And by what they are decoded.
     how = [data.image_size, data.channels, data.resize, PIL.__version__, __version__]
     # All or nothing: slices come round in turn, so of a part of them each would be dropped just before its next use.
-    fits = node_cache().room() >= dataset.num_images * row_bytes(data)
-    path = node_cache().make([*what, *how], fill) if fits else None
+    fits = cache.room() >= dataset.num_images * row_bytes(data)
+    path = cache.make([*what, *how], fill) if fits else None
     if path is None:
         return decode()
     with path.open("rb") as file:

@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 import os
 import random
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -241,3 +242,16 @@ def test_folder_named_by_the_environment(tmp_path, monkeypatch):
     assert node_cache().folder == tmp_path
     monkeypatch.delenv("PRISM_CACHE")
     assert node_cache().folder.name == f"prism-cache-{os.geteuid()}"
+
+
+def test_room_is_what_all_entries_may_take(tmp_path, monkeypatch):
+    one = cache(tmp_path, limit=1000)
+    assert one.room() == 1000
+    assert one.make("a", lambda path, reserve: (reserve(300), path.write_bytes(bytes(300)))) is not None
+    # What is there already may make room.
+    assert one.room() == 1000
+    free = shutil.disk_usage(tmp_path).free
+    assert cache(tmp_path).room() == pytest.approx(free / 2, rel=0.2)
+    # A folder that others may write to is not used.
+    (tmp_path / "cache").chmod(0o777)
+    assert one.room() == 0
