@@ -33,6 +33,11 @@ class DataSpec:
         """Number of classes."""
         return len(self.class_names)
 
+    @property
+    def image_bytes(self) -> int:
+        """Of a decoded image, uint8 [C, S, S]."""
+        return self.channels * self.image_size**2
+
     def _column(self, values: tuple[float, ...], like: Tensor) -> Tensor:
         return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
 

@@ -25,7 +25,7 @@ from cluster.errors import RunError, UserError
 from cluster.nodecache import entry_version, node_cache
 from stages.data import DataSpec
 from stages.images import to_pixels
-from stages.pixelfile import LABEL_BYTES, map_pixels, row_bytes
+from stages.pixelfile import map_pixels, row_bytes
 
 # Shards read and decoded at the same time; Pillow decodes outside the interpreter's lock.
 THREADS = 4
@@ -116,7 +116,7 @@ def _decode(uri: str, files: list[str], data: DataSpec, target: int, reserve: Ca
     Raises:
         RunError: image ids are not exactly 0 … N−1.
     """
-    row = row_bytes(data) - LABEL_BYTES
+    row = data.image_bytes
     lock, rows = threading.Lock(), 0
 
     def decode(file: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

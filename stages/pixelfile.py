@@ -19,7 +19,7 @@ LABEL_BYTES = np.dtype(np.int64).itemsize
 
 def row_bytes(data: DataSpec) -> int:
     """Bytes of an image with its label."""
-    return data.channels * data.image_size**2 + LABEL_BYTES
+    return data.image_bytes + LABEL_BYTES
 
 
 def map_pixels(source: int, data: DataSpec) -> tuple[Tensor, Tensor]:
@@ -30,7 +30,7 @@ def map_pixels(source: int, data: DataSpec) -> tuple[Tensor, Tensor]:
     """
     mapped = mmap.mmap(source, 0, access=mmap.ACCESS_READ)
     count = len(mapped) // row_bytes(data)
-    length = count * (row_bytes(data) - LABEL_BYTES)
+    length = count * data.image_bytes
     images = np.frombuffer(mapped, np.uint8, length)
     labels = np.frombuffer(mapped, np.int64, offset=length).copy()
     with warnings.catch_warnings():

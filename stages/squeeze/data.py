@@ -40,8 +40,7 @@ class RealImages:
     def __init__(self, dataset: Dataset, data: DataSpec, budget: int = BUDGET, rank: int = 0, world: int = 1):
         self.dataset, self.data = dataset, data
         self.rank, self.world = rank, world
-        self._image_bytes = data.channels * data.image_size**2
-        self._window = max(1, budget // self._image_bytes)
+        self._window = max(1, budget // data.image_bytes)
         self.resident = dataset.num_images <= self._window
 
     @cached_property
