@@ -63,8 +63,8 @@ class TrainResources(Frozen):
 
     Attributes:
         workers: data-parallel workers of one training.
-        parallel: trainings at the same time. None: as many as there are GPUs for, without GPUs as there are CPUs
-            and memory for, and no more than networks to train.
+        parallel: trainings at the same time. None: as many as there are GPUs for, without a whole GPU each as there
+            are CPUs and memory for, and no more than networks to train.
         cpus: CPUs one worker reserves. None: with a GPU 0.5, else about as many as it has threads.
         gpus: GPUs one worker reserves; a fraction lets several trainings share a device, which small networks leave
             idle for most of the time. None: 1 where the cluster has GPUs, else 0.
@@ -264,7 +264,8 @@ def fit_groups(resources: TrainResources, jobs: int, field: str, capacity: Capac
     together = (count for count in range(int(largest), 1, -1) if capacity.room(count, gpus) >= every)
     threads = resources.threads or next(together, 1)
     share = min(capacity.cpus / every, largest)
-    if not gpus and resources.parallel is None:
+    # Of those with a GPU each, the machine has been made for as many.
+    if gpus < 1 and resources.parallel is None:
         groups = max(1, min(groups, int(min(capacity.memory / (WORKER_BYTES * workers), groups))))
     # Without GPUs the CPUs are what is computed with: reserving them keeps groups on nodes that have them free.
     reserved = GPU_WORKER_CPUS if gpus else 0.9 * min(threads, share)

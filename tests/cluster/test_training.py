@@ -132,8 +132,9 @@ def test_what_a_training_cannot_have(options, words) -> None:
         ({"cpus": 8}, 9, (16, 4, 16, GIB), (2, 8, 8, 1)),
         ({"gpus": 0}, 1, (64, 4, 16, 64 * GIB), (1, 16, 14.4, 0)),
         # Shares of a device: as many trainings as these and the CPUs give.
-        ({"gpus": 0.25}, 9, (16, 1, 16, GIB), (4, 4, 0.5, 0.25)),
-        ({"gpus": 0.25}, 9, (1, 1, 1, GIB), (2, 1, 0.5, 0.25)),
+        ({"gpus": 0.25}, 9, (16, 1, 16, 64 * GIB), (4, 4, 0.5, 0.25)),
+        ({"gpus": 0.25}, 9, (16, 1, 16, 6 * GIB), (2, 4, 0.5, 0.25)),
+        ({"gpus": 0.25}, 9, (1, 1, 1, 64 * GIB), (2, 1, 0.5, 0.25)),
         ({"gpus": 0.5, "parallel": 3}, 9, (64, 4, 16, GIB), (3, 16, 0.5, 0.5)),
     ],
 )
