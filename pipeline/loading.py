@@ -22,7 +22,6 @@ from pipeline.search.options import Dimension
 # Named by the contract, not built yet: refused by name, never ignored.
 RESERVED = {
     "recover.teacher_weight",
-    "recover.bn_norm",
     "recover.statistics",
     "recover.match",
     "recover.batch",

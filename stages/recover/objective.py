@@ -6,12 +6,15 @@ variance s over (batch, H, W), all vectors over channels:
     r_l = ‖m − μ‖₂ + var_weight · ‖v − s‖₂        L_BN = a · r_1 + Σ_{l≥2} r_l
     L = mean over logit teachers of CE + r_bn · (1/|B|) · Σ_{z∈B} L_BN(z)
 
-(SRe2L; the set mean is PRISM's.) Norms are plain: neither squared nor divided by the number of channels.
+(SRe2L; the set mean is PRISM's.) Norms are plain: neither squared nor divided by the number of channels, so that a
+network's L_BN grows with its width C_l and depth. ``recover.bn_norm`` takes that out: ``per_layer`` has r_l / √C_l in
+place of r_l, ``per_teacher`` has L_BN / (a · √C_1 + Σ_{l≥2} √C_l) in place of L_BN.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -95,6 +98,12 @@ class BNTap:
                 "single input to match; use a network that gives every use a layer of its own"
             )
         self.layers = [layer for layer in teacher.bn_layers if runs[layer]]
+        roots = [math.sqrt(layer.num_features) for layer in self.layers]
+        # Of every layer's distance, and of their sum; None: nothing is divided.
+        self._of_layers = example.new_tensor(roots) if options.bn_norm == "per_layer" else None
+        whole = sum(roots) + (self._first - 1) * roots[0] if roots else 0.0
+        # 0 where the only layer has no weight.
+        self._of_all = whole if options.bn_norm == "per_teacher" and whole else None
 
     def __call__(self, x: Tensor, logits: bool) -> tuple[Tensor | None, Tensor]:
         """One forward pass.
@@ -125,7 +134,10 @@ class BNTap:
         if not self.layers:
             return out, x.new_zeros(())
         terms = torch.stack([seen[layer] for layer in self.layers])
-        return out, terms.sum() + (self._first - 1) * terms[0]
+        if self._of_layers is not None:
+            terms = terms / self._of_layers
+        total = terms.sum() + (self._first - 1) * terms[0]
+        return out, total if self._of_all is None else total / self._of_all
 
 
 def tap_teachers(

@@ -43,6 +43,9 @@ class RecoverOptions(Frozen):
         max_bn_teachers: slots; the first holds the primary where it is in the pool.
         first_bn_multiplier: weight a of each network's first BN layer.
         var_weight: weight of the variance term (DWA), 1 in the others.
+        bn_norm: ``none`` = as published, where wide and deep networks weigh more; ``per_layer`` = each layer's
+            distance divided by √(its channels), so that layers count alike; ``per_teacher`` = each network's L_BN
+            divided by Σ_l a_l √(channels of l), so that networks count alike.
         r_bn: weight of the BN loss.
         allow_null_bn: accept BN teachers without BatchNorm; they add 0 and count in the divisor, which is what
             the published PRISM code does with AlexNet.
@@ -66,6 +69,7 @@ class RecoverOptions(Frozen):
     max_bn_teachers: int = Field(default=4, ge=1)
     first_bn_multiplier: float = Field(default=10.0, ge=0)
     var_weight: float = Field(default=1.0, ge=0)
+    bn_norm: Literal["none", "per_layer", "per_teacher"] = "none"
     r_bn: float = Field(default=0.01, ge=0)
     allow_null_bn: bool = False
     chunk: int = Field(default=100, ge=1)

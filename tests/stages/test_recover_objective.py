@@ -69,9 +69,12 @@ class NoNorm(Tiny):
     bn_layers: list[nn.BatchNorm2d] = []  # type: ignore[assignment]
 
 
-def reference_l_bn(inputs: list[Tensor], layers: list[nn.BatchNorm2d], first: float, var_weight: float) -> Tensor:
-    """Σ_l w_l (‖m − μ‖ + var_weight ‖v − s‖), channel by channel."""
+def reference_l_bn(
+    inputs: list[Tensor], layers: list[nn.BatchNorm2d], first: float, var_weight: float, norm: str = "none"
+) -> Tensor:
+    """Σ_l w_l (‖m − μ‖ + var_weight ‖v − s‖), channel by channel; normalised by root-mean-squares in place of norms."""
     total = torch.zeros((), dtype=torch.float64)
+    whole = 0.0
     for index, (z, bn) in enumerate(zip(inputs, layers, strict=True)):
         mean_square, var_square = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         for c in range(z.shape[1]):
@@ -80,8 +83,12 @@ def reference_l_bn(inputs: list[Tensor], layers: list[nn.BatchNorm2d], first: fl
             s = ((values - mu) ** 2).sum() / len(values)
             mean_square = mean_square + (bn.running_mean[c] - mu) ** 2
             var_square = var_square + (bn.running_var[c] - s) ** 2
-        total = total + (first if index == 0 else 1.0) * (mean_square.sqrt() + var_weight * var_square.sqrt())
-    return total
+        if norm == "per_layer":
+            mean_square, var_square = mean_square / z.shape[1], var_square / z.shape[1]
+        weight = first if index == 0 else 1.0
+        total = total + weight * (mean_square.sqrt() + var_weight * var_square.sqrt())
+        whole += weight * z.shape[1] ** 0.5
+    return total / whole if norm == "per_teacher" else total
 
 
 def reference_loss(
@@ -112,13 +119,14 @@ def assert_same(ours: Tensor, theirs: Tensor) -> None:
     assert ((ours - theirs).norm() <= 1e-6 * theirs.norm()).item()
 
 
+@pytest.mark.parametrize("norm", ["none", "per_layer", "per_teacher"])
 @pytest.mark.parametrize(("first", "var_weight"), [(10.0, 1.0), (1.0, 1.0), (10.0, 0.3), (0.0, 2.0)])
-def test_l_bn_and_its_gradient(batch: tuple[Tensor, Tensor], first: float, var_weight: float) -> None:
+def test_l_bn_and_its_gradient(batch: tuple[Tensor, Tensor], first: float, var_weight: float, norm: str) -> None:
     x, _ = batch
     teacher = Tiny(1)
-    options = RecoverOptions(first_bn_multiplier=first, var_weight=var_weight)
+    options = RecoverOptions(first_bn_multiplier=first, var_weight=var_weight, bn_norm=norm)
     _, ours = BNTap("t", teacher, x, options)(x, logits=False)
-    theirs = reference_l_bn(teacher.reference(x)[1], teacher.bn_layers, first, var_weight)
+    theirs = reference_l_bn(teacher.reference(x)[1], teacher.bn_layers, first, var_weight, norm)
     assert_same(ours, theirs)
     assert_same(torch.autograd.grad(ours, x)[0], torch.autograd.grad(theirs, x)[0])
 

@@ -30,8 +30,8 @@ OWN = "the configuration itself, which is trial 0, has"
         ({"xyz": {"choice": [1]}}, "xyz: unknown field; a field is named by its whole path, e.g. recover.r_bn"),
         ({"relabel": {"choice": [1]}}, "relabel: is a section; name one of its fields, e.g. relabel.teachers"),
         (
-            {"recover.bn_norm": {"choice": ["none"]}},
-            "recover.bn_norm is reserved and not built in this version; remove it",
+            {"recover.statistics": {"choice": ["global"]}},
+            "recover.statistics is reserved and not built in this version; remove it",
         ),
         # Kinds.
         (
@@ -268,7 +268,7 @@ def test_every_choice_is_tried():
         ({"recover.iterations": 0}, "recover.iterations: 0 is given, but it must be greater than or equal to 1"),
         ({"recover.crop": 5}, "recover.crop: 5 is given, but it must be a section; its fields: min_scale"),
         ({"recover": 5}, "recover: is a section; name one of its fields, e.g. recover.ipc"),
-        ({"recover.bn_norm": "none"}, "recover.bn_norm is reserved and not built in this version; remove it"),
+        ({"recover.match": "bn"}, "recover.match is reserved and not built in this version; remove it"),
         ({"recover": {"r_bn": 1}}, "recover.r_bn: recover.r_bn is searched; take it out of the rung or of the space"),
         (
             {"recover.stagger": {"drop": 3, "modulo": 101}, "recover.ipc": 1},
