@@ -38,7 +38,7 @@ from pipeline.search.ladder import Ladder
 from pipeline.search.measure import measure
 from pipeline.search.run import Search, final_config
 from pipeline.search.space import Space
-from pipeline.search.trial import PREPARED, Measured
+from pipeline.search.trial import PREPARED, Trial
 
 CONFIG = os.path.join(os.path.dirname(os.path.abspath(__file__)), "search_replay.yaml")
 LEVELS = {
@@ -144,8 +144,8 @@ class Replay:
             seconds = self.rows[self._key(point, first + rung)]["seconds"]
             return seconds, seconds
 
-        def observe(number: int, found: Measured | None) -> None:
-            sampler.observe(number, {"top1": found.top1} if found else None)
+        def observe(trial: Trial) -> None:
+            sampler.observe(trial.number, {"top1": trial.rungs[-1].top1} if trial.state != "failed" else None)
 
         ladder = Ladder(
             sampler.suggest,

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.errors import PrismError
-from pipeline.config import Config
+from pipeline.config import Config, DataConfig
 from pipeline.describe import cost
 from pipeline.plan import REFERENCE_STEP_FLOPS, REFERENCE_STEP_S, make_plan
-from pipeline.search.fields import overrides
+from pipeline.search.fields import CLASSES, overrides, rung_fields
 from pipeline.search.findings import planned_rungs
 from pipeline.search.ladder import Ladder
 from pipeline.search.measure import lighten, look_up, measure
 from pipeline.search.options import SearchOptions
 from pipeline.search.space import Space
+from pipeline.search.trial import Measured, Trial
 from stages.teachers.describe import NetworkFacts
 
 # Forward, and backward to weights and inputs.
@@ -34,6 +35,7 @@ class Bench:
         students: the same of the students.
         num_classes: of the data.
         gpu: whether a job has one, or a part.
+        subsets: number of classes → data of a rung with fewer than all; plans need none.
     """
 
     space: Space
@@ -42,6 +44,7 @@ class Bench:
     students: Mapping[str, NetworkFacts]
     num_classes: int
     gpu: bool = False
+    subsets: Mapping[int, DataConfig] = field(default_factory=dict)
 
     @property
     def rungs(self) -> list[dict[str, Any]]:
@@ -53,19 +56,39 @@ class Bench:
         """Of torch, in a job."""
         return max(1, int(self.options.cpus))
 
+    def classes(self, rung: int) -> int:
+        """How many of the data's classes a rung measures on."""
+        return int(self.rungs[rung].get(CLASSES, self.num_classes))
+
     def config(self, point: Mapping[str, Any], rung: int) -> Config:
         """Of a job."""
-        at_point = self.space.apply(dict(point))
-        return lighten(overrides(at_point, self.rungs[rung]), self.threads, self.gpu, self.options.seeds)
+        config, classes = self._settings(point, rung), self.classes(rung)
+        return config if classes == self.num_classes else config.model_copy(update={"data": self.subsets[classes]})
+
+    def _settings(self, point: Mapping[str, Any], rung: int) -> Config:
+        """Of a job, with the data of all classes."""
+        at_rung = overrides(self.space.apply(dict(point)), rung_fields(self.rungs[rung]))
+        return lighten(at_rung, self.threads, self.gpu, self.options.seeds)
 
     def planned(self, point: Mapping[str, Any], rung: int) -> tuple[float, float]:
         """GPU-seconds of a job on the reference GPU: of the whole, and of recovery and labelling alone."""
-        config = self.config(point, rung)
-        found = cost(config, make_plan(config, self.num_classes), dict(self.networks), self.num_classes)
+        config, classes = self._settings(point, rung), self.classes(rung)
+        found = cost(config, make_plan(config, classes), dict(self.networks), classes)
         distilling = 3600 * (found.recover_hours + found.relabel_hours)
         flops = PASSES_OF_TRAINING * sum(facts.flops for facts in self.students.values()) * len(self.options.seeds)
         training = flops * found.images * config.relabel.epochs / (REFERENCE_STEP_FLOPS / REFERENCE_STEP_S)
         return distilling + training, distilling
+
+    def lesson(self, trial: Trial) -> Measured | None:
+        """What a sampler hears of a trial that has ended; None: it failed.
+
+        Trials end at rungs of different numbers of classes, and of few ones students guess more. So the accuracy is
+        the students' on images of all classes, of which they get those that their rung left out wrong.
+        """
+        if trial.state == "failed":
+            return None
+        last, share = trial.rungs[-1], self.classes(len(trial.rungs) - 1) / self.num_classes
+        return last.model_copy(update={"top1": last.top1 * share})
 
 
 def make_work(root: str, bench: Bench) -> Callable[[dict[str, Any]], dict[str, Any]]:

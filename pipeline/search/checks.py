@@ -16,6 +16,7 @@ from pipeline.config import Config
 from pipeline.loading import InvalidConfig, Problem, one_line, plain
 from pipeline.search.axes import Choice, Number, Params, Subset, Suggests, same
 from pipeline.search.fields import (
+    CLASSES,
     LABELLERS,
     LOGIT_TEACHERS,
     POOLS,
@@ -23,10 +24,10 @@ from pipeline.search.fields import (
     Values,
     check_variable,
     did_you_mean,
-    flat,
     known_paths,
     overlap,
     overrides,
+    rung_fields,
     value_at,
 )
 
@@ -170,7 +171,7 @@ def rungs(space: Space, given: Sequence[dict[str, Any]]) -> list[str]:
     problems: list[str] = []
     for number, rung in enumerate(given):
         where = f"search.rungs.{number}"
-        fields = flat(rung)
+        fields = rung_fields(rung)
         before = len(problems)
         for path in fields:
             try:
@@ -183,6 +184,28 @@ def rungs(space: Space, given: Sequence[dict[str, Any]]) -> list[str]:
                 problems.append(f"{where}.{path}: {searched[0]} is searched; take it out of the rung or of the space")
         if len(problems) == before:
             problems += _rung_problems(space.config, where, fields)
+    return problems
+
+
+def rung_classes(given: Sequence[dict[str, Any]], num_classes: int) -> list[str]:
+    """Rungs measure on whole numbers of the data's classes that do not fall."""
+    problems: list[str] = []
+    before = 0
+    for number, rung in enumerate(given):
+        where = f"search.rungs.{number}.{CLASSES}"
+        count = rung.get(CLASSES, num_classes)
+        if type(count) is not int or not 2 <= count <= num_classes:
+            problems.append(
+                f"{where}: {one_line(count)} is given, but it must be a whole number from 2 to {num_classes}, which is "
+                "how many the data have; correct it, or leave it out for all"
+            )
+        elif count < before:
+            problems.append(
+                f"{where}: {count} is less than the {before} of the rung before, but rungs go from cheap to dear; "
+                "raise it or change their order"
+            )
+        else:
+            before = count
     return problems
 
 
@@ -205,7 +228,7 @@ def reachable(space: Space, given: Sequence[dict[str, Any]]) -> list[str]:
     are ends. Of values that fail together, one example is reported.
     """
     problems: dict[str, str] = {}
-    at_rungs = [("", {}), *((f" (rung {number})", flat(rung)) for number, rung in enumerate(given) if rung)]
+    at_rungs = [("", {}), *((f" (rung {number})", rung_fields(rung)) for number, rung in enumerate(given) if rung)]
     for point in _points(space):
         for rung, fields in at_rungs:
             values = {**point, **fields}

@@ -15,6 +15,8 @@ POOLS = [".".join(path) for path in TEACHER_LISTS]
 LOGIT_TEACHERS, BN_TEACHERS, LABELLERS = POOLS
 SELECTION = "recover.selection"
 PRIORS = "relabel.priors"
+# Of a rung: how many of the data's classes. No field of the configuration, whose data are the same in all trials.
+CLASSES = "classes"
 # What is the same in all trials and at all rungs, with everything below it, and why.
 FIXED = {
     "name": "it only names the run",
@@ -71,6 +73,11 @@ def flat(values: dict[str, Any], path: str = "") -> Values:
         name = f"{path}.{key}" if path else key
         out |= flat(value, name) if isinstance(value, dict) and value else {name: value}
     return out
+
+
+def rung_fields(rung: dict[str, Any]) -> Values:
+    """Path → value of the fields that a rung sets."""
+    return {path: value for path, value in flat(rung).items() if path != CLASSES}
 
 
 def changed(value: dict[str, Any], values: Values) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class Ladder:
 
     Args:
         suggest: number of a trial → its params.
-        observe: told how a trial ended: its number, and what its last rung measured, or None where it failed.
+        observe: called with a trial when it has ended, before the next is suggested.
         goes_on: trial, rung, accuracy → whether the next rung is worth while.
         point: params → field of the configuration → value.
         planned: GPU-seconds of a point at a rung: of the whole job, and of the distillation.
@@ -42,7 +42,7 @@ class Ladder:
     def __init__(
         self,
         suggest: Callable[[int], dict[str, Any]],
-        observe: Callable[[int, Measured | None], None],
+        observe: Callable[[Trial], None],
         goes_on: Callable[[int, int, float], bool],
         point: Callable[[dict[str, Any]], dict[str, Any]],
         planned: Callable[[dict[str, Any], int], tuple[float, float]],
@@ -141,6 +141,6 @@ class Ladder:
 
     def _end(self, trial: Trial) -> None:
         self.trials[trial.number] = trial
-        self._observe(trial.number, None if trial.state == "failed" else trial.rungs[-1])
+        self._observe(trial)
         self._free += 1
         self._tell(trial)

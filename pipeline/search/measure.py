@@ -25,6 +25,7 @@ from stages.evaluate.validate import read_results
 from stages.recover import stage as recovery
 from stages.recover.unit import RecoverUnit
 from stages.teachers.arch import code_sha256
+from stages.teachers.options import TeacherSpec
 
 # What only decides which units there are: two pools whose draw for an index is the same share that unit.
 PLANNING = {
@@ -66,6 +67,16 @@ class JobRun(Run):
     def teachers_uri(self) -> str:
         """Trained once for the search."""
         return storage.join(self.root, PREPARED, "teachers")
+
+    @cached_property
+    def teachers(self) -> dict[str, TeacherSpec]:
+        """Those of the search, which know all classes, by their outputs of the job's."""
+        return {name: spec.model_copy(update=self._outputs(name)) for name, spec in super().teachers.items()}
+
+    def _outputs(self, name: str) -> dict[str, Any]:
+        card, given = self.card(name), self.config.teachers[name].class_index
+        index = given or card.class_index or {known: k for k, known in enumerate(card.class_names or [])}
+        return {"num_outputs": card.num_outputs, "class_index": index}
 
     @cached_property
     def image_identity(self) -> str:

@@ -81,7 +81,8 @@ class SearchOptions(Frozen):
         trials: points that are tried; the first is the configuration itself.
         space: field of ``recover``, ``relabel`` or ``evaluate.protocol``, by its path, → values it may take.
         rungs: overrides of fields that are not searched, by path, from the cheapest measurement to the dearest. A
-            trial that does worse than most at a rung is not measured at the next.
+            trial that does worse than most at a rung is not measured at the next. ``classes`` beside them measures on
+            so many of the data's classes, drawn by the run's seed, of which a later rung has at least as many.
         reduction_factor: one in so many goes on from a rung to the next.
         sampler: ``tpe`` = Optuna's, with NSGA-II for two objectives; ``random``.
         objectives: ``top1_last`` alone, or with ``gpu_seconds`` (planned); then trials are measured at the last rung

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,14 +15,15 @@ from cluster.progress import StageProgress, console
 from cluster.resources import WORKER_BYTES, ActorResources
 from cluster.runner import run_ray, run_serial
 from cluster.session import ray_session
-from pipeline.config import Config
+from pipeline.config import Config, DataConfig
 from pipeline.loading import dump_yaml, parse_yaml
 from pipeline.paths import absolute
 from pipeline.preflight import Ready, preflight
 from pipeline.run import execute
 from pipeline.rundir import differences
 from pipeline.search.bench import Bench, Remembered, make_work
-from pipeline.search.fields import overrides
+from pipeline.search.classes import cut_classes
+from pipeline.search.fields import overrides, rung_fields
 from pipeline.search.findings import planned_rungs, winner
 from pipeline.search.ladder import Ladder
 from pipeline.search.options import SearchOptions
@@ -30,7 +31,7 @@ from pipeline.search.report import FINAL_FILE, SEARCH_FILE, gains, read_final, w
 from pipeline.search.space import Space, make_space
 from pipeline.search.split import check_split, split_dataset
 from pipeline.search.table import TRIALS_FILE, write_trials
-from pipeline.search.trial import FOLDER, PREPARED, Measured, Trial, full_run
+from pipeline.search.trial import FOLDER, PREPARED, Trial, full_run
 from pipeline.summary import SUMMARY_FILE
 
 BEST_FILE = "best.yaml"
@@ -127,7 +128,7 @@ class Search:
         """Over the user's configuration."""
         facts = self.ready.networks
         pool = [name for name in self.config.teachers if facts[name].bn_channels and not facts[name].bn_repeated]
-        return make_space(self.config, pool)
+        return make_space(self.config, pool, self.ready.data.num_classes)
 
     @property
     def most_images(self) -> int:
@@ -135,7 +136,7 @@ class Search:
         tried = {variable.path: variable.axis.ends() for variable in self.space.variables}
         if "real" not in [self.config.recover.init, *tried.get("recover.init", [])]:
             return 1
-        at_rungs = [overrides(self.config, rung).recover.ipc for rung in self.options.rungs]
+        at_rungs = [overrides(self.config, rung_fields(rung)).recover.ipc for rung in self.options.rungs]
         return max([*at_rungs, *tried.get("recover.ipc", []), self.config.recover.ipc])
 
     def callbacks(self, reach: bool) -> Sequence[Any]:
@@ -178,6 +179,7 @@ class Search:
         # The same points over other data, so nothing is to be checked anew.
         space = Space(self._prepare(), self.space.variables)
         bench = self._bench(space, gpu=kept["gpus"] > 0)
+        bench = replace(bench, subsets=self._subsets(bench))
         with StageProgress("search", self.options.trials, "trials") as shown:
 
             def tell(trial: Trial) -> None:
@@ -296,6 +298,21 @@ class Search:
         execute(cut.model_copy(update={"search": None}), ["squeeze"], serial=self.serial)
         return cut
 
+    def _subsets(self, bench: Bench) -> dict[int, DataConfig]:
+        """Cut the data of rungs with fewer than all classes out of the split's."""
+        counts = {bench.classes(rung) for rung in range(len(bench.rungs))} - {bench.num_classes}
+        return {
+            count: cut_classes(
+                bench.space.config.data,
+                storage.join(self.root, "data", f"classes-{count}"),
+                count,
+                self.config.seed,
+                run_serial if self.serial else run_ray,
+                ActorResources(gpus=0),
+            )
+            for count in sorted(counts)
+        }
+
     def _ladder(self, space: Space, bench: Bench, kept: dict[str, Any], tell: Callable[[Trial], None]) -> Ladder:
         from cluster.tune import Halving, Sampler
 
@@ -304,8 +321,9 @@ class Search:
             space.suggest, space.defaults(), self.options.sampler, chosen, kept["trials"], self.config.seed
         )
 
-        def observe(number: int, found: Measured | None) -> None:
-            sampler.observe(number, {name: getattr(found, name) for name in chosen} if found else None)
+        def observe(trial: Trial) -> None:
+            found = bench.lesson(trial)
+            sampler.observe(trial.number, {name: getattr(found, name) for name in chosen} if found else None)
 
         return Ladder(
             sampler.suggest,

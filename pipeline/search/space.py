@@ -168,12 +168,13 @@ def _ordered(variables: Sequence[Variable]) -> list[Variable]:
     return out
 
 
-def make_space(config: Config, bn_candidates: Sequence[str]) -> Space:
+def make_space(config: Config, bn_candidates: Sequence[str], num_classes: int) -> Space:
     """The space of a configuration's ``search`` section, checked before anything starts.
 
     Args:
         config: resolved, with a ``search`` section.
         bn_candidates: teachers that can give a BN loss, in the configuration's order.
+        num_classes: of the data.
 
     Raises:
         UserError: one sentence for each thing that is wrong, with the field and the remedy.
@@ -192,7 +193,8 @@ def make_space(config: Config, bn_candidates: Sequence[str]) -> Space:
     checks.refuse(checks.overlaps([variable.path for variable in variables]))
     checks.refuse(checks.conditions(config, variables))
     space = Space(config, variables)
-    checks.refuse([*checks.own_values(space), *checks.rungs(space, options.rungs)])
+    of_rungs = [*checks.rungs(space, options.rungs), *checks.rung_classes(options.rungs, num_classes)]
+    checks.refuse([*checks.own_values(space), *of_rungs])
     checks.refuse(checks.reachable(space, options.rungs))
     return space
 

@@ -9,27 +9,23 @@ do to those of a full run.
 
 from __future__ import annotations
 
-import dataclasses
-import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cluster import shards, storage
-from cluster.attempts import Attempts
 from cluster.classes import ClassIndex
 from cluster.errors import UserError
-from cluster.ledger import Ledger, content_key
-from cluster.progress import StageProgress
+from cluster.ledger import content_key
 from cluster.resources import ActorResources
-from cluster.runner import ActorStage, Row, Runner
+from cluster.runner import Runner
 from cluster.shards import Dataset
-from pipeline.context import raise_failures
+from pipeline.search.cut import Target, copy_attempts, copy_shards
 from stages.importing.run import check_unused
-from stages.importing.select import Selection, is_selected, select_packed, select_per_shard, select_stage
+from stages.importing.select import Selection, select_packed, select_per_shard, select_stage
 
 TRAIN, VAL = "train", "val"
 SPLIT_FILE = "split.json"
@@ -113,108 +109,24 @@ def split_dataset(
     # Workers may have another working directory.
     out, source = storage.absolute(out_uri), storage.absolute(train.uri)
     content = content_key(train.fingerprint, train.class_names, train.shards, per_class, seed)
-    same = _last_inputs(out, source).get("content") == content
+    _check_own(out, source)
     with ExitStack() as stack:
-        targets = {name: stack.enter_context(_Target(out, name, content)) for name in (TRAIN, VAL)}
-        if not same or not all(target.is_complete() for target in targets.values()):
+        # Shards of the split take longest.
+        targets = {name: stack.enter_context(Target(out, name, content)) for name in (VAL, TRAIN)}
+        if not all(target.is_complete() for target in targets.values()):
             size = max(rows for _, rows in train.shards)
             selections = plan_split(_labels(train), len(train.class_names), per_class, seed, size)
             for target in targets.values():
                 target.open([each for each in selections if each.folder == target.name])
             inputs = {"content": content, "train": source, "per_class": per_class, "seed": seed}
             storage.write_json(storage.join(out, SPLIT_FILE), inputs)
-            records = storage.join(out, "starts")
-            attempts = Attempts(records, uuid.uuid4().hex, "set fewer actors under resources", seed, key=content)
-            _copy(targets, runner, select_stage(source, out, content, resources, attempts))
+            attempts = copy_attempts(storage.join(out, "starts"), content, seed)
+            copy_shards("split", targets, runner, select_stage(source, out, content, resources, attempts))
             attempts.clear()
-            targets[TRAIN].close(train, [count - per_class for count in train.class_counts])
-            targets[VAL].close(train, [per_class] * len(train.class_names))
+            left = [count - per_class for count in train.class_counts]
+            targets[TRAIN].close(replace(train, class_counts=left))
+            targets[VAL].close(replace(train, class_counts=[per_class] * len(train.class_names)))
         return targets[TRAIN].uri, targets[VAL].uri
-
-
-class _Target:
-    """One of the two datasets, and what is known of its shards.
-
-    Args:
-        out: folder of both.
-        name: of this one.
-        content: what both are made from.
-    """
-
-    def __init__(self, out: str, name: str, content: str):
-        self.name, self.uri, self.content = name, storage.join(out, name), content
-        self.ledger = Ledger(storage.join(out, "records", name), [self.uri])
-        self.selections: dict[str, Selection] = {}
-
-    def __enter__(self) -> _Target:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.ledger.flush()
-
-    def is_complete(self) -> bool:
-        """Whether it can be loaded, and all its shards are there."""
-        try:
-            found = shards.load_dataset(self.uri)
-        except UserError:
-            return False
-        return not self._missing(name for name, _ in found.shards)
-
-    def open(self, selections: list[Selection]) -> None:
-        """Nobody may load it until it is closed; until then, these become its shards."""
-        storage.remove(storage.join(self.uri, shards.DATASET_FILE))
-        self.selections = {each.name: each for each in selections}
-
-    def pending(self) -> list[Selection]:
-        """Shards that are still to be made."""
-        missing = self._missing(self.selections)
-        return [each for name, each in self.selections.items() if name in missing]
-
-    def keep(self, row: Row) -> None:
-        """The stage has committed a shard."""
-        self.ledger.add(row["name"].removesuffix(".parquet"), self.content, [row["bytes"]])
-
-    def close(self, train: Dataset, class_counts: list[int]) -> None:
-        """All shards are there: what an earlier split left goes, and the dataset can be loaded."""
-        stale = storage.list_files(self.uri).keys() - self.selections.keys()
-        storage.remove_files(self.uri, sorted(stale))
-        shards.save_dataset(
-            dataclasses.replace(
-                train,
-                uri=self.uri,
-                shards=[(name, len(each.rows)) for name, each in self.selections.items()],
-                class_counts=class_counts,
-                fingerprint=content_key(self.content, self.name),
-            )
-        )
-
-    def _missing(self, names: Iterable[str]) -> set[str]:
-        """Shards that are not there, not whole, or made from something else."""
-        wanted = {name.removesuffix(".parquet"): self.content for name in names}
-
-        def verify(unit: str) -> bool:
-            return is_selected(storage.join(self.uri, f"{unit}.parquet"), self.content)
-
-        return {f"{unit}.parquet" for unit in wanted.keys() - self.ledger.committed(wanted, verify)}
-
-
-def _copy(targets: dict[str, _Target], runner: Runner, stage: ActorStage) -> None:
-    """Make all pending shards.
-
-    Raises:
-        RunError: some could not be made; the others are kept.
-    """
-    rows = [each.row() for target in (targets[VAL], targets[TRAIN]) for each in target.pending()]
-    total = sum(len(target.selections) for target in targets.values())
-    results = []
-    with StageProgress("split", total, "shards") as progress:
-        progress.resume(total - len(rows))
-        for row in runner(rows, [stage]) if rows else ():
-            results.append(row)
-            if not row["error"]:
-                targets[row["folder"]].keep(row)
-            progress.advance(f"failed: {row['id']}" if row["error"] else "")
-    raise_failures("search split", results, len(rows))
 
 
 def _labels(train: Dataset) -> list[NDArray[np.int64]]:
@@ -230,19 +142,18 @@ def _labels(train: Dataset) -> list[NDArray[np.int64]]:
     return labels
 
 
-def _last_inputs(out: str, source: str) -> dict[str, Any]:
-    """What the last call here was given, empty where there was none.
+def _check_own(out: str, source: str) -> None:
+    """The folder is empty or an earlier call's.
 
     Raises:
-        UserError: the folder holds something else.
+        UserError: it holds something else.
     """
     if f"{source}/".startswith(f"{out.rstrip('/')}/"):
         raise UserError(f"out: {out} holds the training data ({source}); choose another folder")
     where = storage.join(out, SPLIT_FILE)
     try:
-        return dict(storage.read_json(where))
+        storage.read_json(where)
     except FileNotFoundError:
         check_unused(out, "out")
-        return {}
-    except (TypeError, ValueError):
+    except ValueError:
         raise UserError(f"out: {where} is damaged; delete {out}") from None

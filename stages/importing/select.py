@@ -89,11 +89,14 @@ class SelectStage:
         source_uri: dataset that is selected from.
         out_uri: folder of the folders of new shards.
         content: says what all selections are made from; the new shards carry it.
+        classes: labels of the selected images, ascending, which become 0, 1, …; None: labels stay as they are.
     """
 
-    def __init__(self, source_uri: str, out_uri: str, content: str):
-        self.source, self.out_uri = shards.load_dataset(source_uri), out_uri
-        self.schema = shards.image_schema(self.source.class_names, metadata={"content": content})
+    def __init__(self, source_uri: str, out_uri: str, content: str, classes: Sequence[int] | None = None):
+        self.source, self.out_uri, self.classes = shards.load_dataset(source_uri), out_uri, classes
+        names = self.source.class_names
+        kept = names if classes is None else [names[label] for label in classes]
+        self.schema = shards.image_schema(kept, metadata={"content": content})
 
     def __call__(self, row: Row) -> Row:
         """``Selection.row`` → ``folder`` and ``name`` again, and ``bytes``, the size of the shard."""
@@ -102,6 +105,9 @@ class SelectStage:
         # Each reader holds one row group, of which only the chosen rows are kept.
         with ThreadPoolExecutor(shards.READERS) as pool:
             table = pa.concat_tables(pool.map(shards.read_rows, uris, rows))
+        if self.classes is not None:
+            labels = np.searchsorted(self.classes, table["label"].to_numpy())
+            table = table.set_column(table.schema.get_field_index("label"), "label", pa.array(labels))
         data = shards.image_shard_bytes(table.cast(self.schema))
         storage.write_bytes(storage.join(self.out_uri, row["folder"], row["name"]), data)
         return {**{key: row[key] for key in ("id", "error", "folder", "name")}, "bytes": len(data)}
@@ -113,8 +119,13 @@ def is_selected(uri: str, content: str) -> bool:
 
 
 def select_stage(
-    source_uri: str, out_uri: str, content: str, resources: ActorResources, attempts: Attempts
+    source_uri: str,
+    out_uri: str,
+    content: str,
+    resources: ActorResources,
+    attempts: Attempts,
+    classes: Sequence[int] | None = None,
 ) -> ActorStage:
     """The stage, with the arguments of ``SelectStage``; copying leaves the GPUs of ``resources`` to others."""
-    kwargs = {"source_uri": source_uri, "out_uri": out_uri, "content": content}
+    kwargs = {"source_uri": source_uri, "out_uri": out_uri, "content": content, "classes": classes}
     return ActorStage("select", SelectStage, kwargs, resources.model_copy(update={"gpus": 0}), attempts)

@@ -27,7 +27,7 @@ def configuration(space=None, rungs=None, **sections):
 
 
 def space_of(space, rungs=None, **sections):
-    return make_space(configuration(space, rungs, **sections), WITH_BN)
+    return make_space(configuration(space, rungs, **sections), WITH_BN, 10)
 
 
 def when(conditions, **others):

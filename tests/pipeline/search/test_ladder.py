@@ -40,8 +40,9 @@ def make(parallel: int = 3, kind: str = "tpe", told: list[Trial] | None = None, 
     objectives = given.pop("objectives")
     sampler = Sampler(space, FIRST, kind, objectives, given["trials"], 7)
 
-    def observe(number: int, found: Measured | None) -> None:
-        sampler.observe(number, {name: getattr(found, name) for name in objectives} if found else None)
+    def observe(trial: Trial) -> None:
+        found = trial.rungs[-1] if trial.state != "failed" else None
+        sampler.observe(trial.number, {name: getattr(found, name) for name in objectives} if found else None)
 
     tell = told.append if told is not None else lambda trial: None
     halving = Halving(given["rungs"], 3.0)

@@ -181,6 +181,39 @@ def test_dry_run_shows_the_space_and_the_rungs(prism, tiny_config, tmp_path) -> 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_search_climbs_from_few_classes_to_all(prism, tiny_config, tmp_path) -> None:
+    out = tmp_path / "out"
+    rungs = [{"classes": 2, "recover.iterations": 2}, {"recover.iterations": 2}]
+    changes = {**SEARCH, "rungs": rungs, "trials": 3, "final_seeds": [0]}
+    config = tiny_config(out=str(out), search=changes, evaluate={"baselines": []})
+    code, text, err = prism("search", config, "--dry-run")
+    assert code == 0, err
+    assert "rung 1: classes = 2, recover.iterations = 2; the default takes" in text
+    code, _, err = prism("search", config, "search.rungs=[{classes: 4}]", "--dry-run")
+    assert code == 2
+    assert "error: search.rungs.0.classes: 4 is given, but it must be a whole number from 2 to 3" in err
+    assert not out.exists()
+
+    code, _, err = prism("search", config, "--serial")
+    assert code == 0, err
+    rows = table(out)
+    assert len(measured(out)) == sum(len(row["rungs"]) for row in rows) > 3
+    for part, per_class in (("train", 24 - 6), ("val", 6)):
+        few = load_dataset(str(out / "search" / "data" / "classes-2" / part))
+        assert few.class_counts == [per_class] * 2
+        assert set(few.class_names) < {"ant", "bee", "cat"}
+    # Of the 12 images of two classes, so many are right.
+    right = [row["rungs"][0]["top1"] / 100 * 12 for row in rows]
+    assert right == pytest.approx([round(number) for number in right])
+    assert load_dataset(yaml.safe_load((out / "search" / "best.yaml").read_text())["data"]["train"]).num_images == 72
+
+    before = measured(out)
+    code, _, err = prism("search", config, "--serial")
+    assert code == 0, err
+    assert measured(out) == before
+    assert table(out) == rows
+
+
 def test_images_for_the_largest_searched_ipc_must_be_there(prism, tiny_config, tmp_path) -> None:
     """24 of a class are there, 6 go to the split."""
     out = tmp_path / "out"

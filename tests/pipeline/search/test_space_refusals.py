@@ -231,12 +231,13 @@ def test_no_teacher_for_a_pool():
         make_space(
             configuration({"recover.bn_teachers": {"subset": "all"}}),
             [],
+            10,
         )
     assert str(error.value) == (
         "search.space.recover.bn_teachers: no teacher has BatchNorm layers, so the pool is empty; remove it"
     )
     with pytest.raises(UserError, match="search: is not given; say what to vary"):
-        make_space(configuration(), WITH_BN)
+        make_space(configuration(), WITH_BN, 10)
 
 
 def test_values_that_only_fail_together_are_found_and_named():
@@ -279,6 +280,35 @@ def test_every_choice_is_tried():
 )
 def test_mistakes_in_a_rung(rung, sentence):
     assert refusal(R_BN, [{"recover.ipc": 1}, rung]) == f"search.rungs.1.{sentence}"
+
+
+HOW_MANY = (
+    "it must be a whole number from 2 to 10, which is how many the data have; correct it, or leave it out for all"
+)
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [(1, "1"), (-3, "-3"), (11, "11"), (2.0, "2.0"), ("2", "'2'"), (True, "true"), (None, "null"), ([2], "[2]")],
+)
+def test_a_rungs_classes_are_some_of_the_datas(count, shown):
+    assert refusal(R_BN, [{"classes": count}, {}]) == f"search.rungs.0.classes: {shown} is given, but {HOW_MANY}"
+
+
+def test_a_rungs_classes_do_not_fall():
+    assert refusal(R_BN, [{"classes": 5}, {"recover.ipc": 1, "classes": 4}]) == (
+        "search.rungs.1.classes: 4 is less than the 5 of the rung before, but rungs go from cheap to dear; raise it or "
+        "change their order"
+    )
+    assert "search.rungs.1.classes: 9 is less than the 10 of the rung before" in refusal(R_BN, [{}, {"classes": 9}])
+    for rungs in ([{"classes": 2}, {"classes": 2}, {"classes": 10}], [{}, {"classes": 10}], [{"classes": 4}]):
+        space_of(R_BN, rungs)
+
+
+def test_classes_stand_beside_other_mistakes_and_are_no_field():
+    lines = refusal(R_BN, [{"classes": 11, "recover.iteration": 5}]).splitlines()
+    assert [line.split(": ")[0] for line in lines] == ["search.rungs.0.recover.iteration", "search.rungs.0.classes"]
+    assert refusal({"classes": {"choice": [2, 3]}}).startswith("search.space.classes: unknown field")
 
 
 def test_a_rung_may_not_set_what_is_searched_in_parts():
