@@ -20,7 +20,7 @@ test: install          ## the default tests
 	$(BIN)/python -m pytest
 
 test-slow: install     ## the long ones
-	$(BIN)/python -m pytest -m 'slow and not s3_real' --timeout 3600
+	$(BIN)/python -m pytest -m 'slow and not s3_real'
 
 test-swift: install    ## those that talk to an object store, against OpenStack Swift (needs liberasurecode)
 	$(BIN)/python -m pytest -m s3_real --timeout 3600

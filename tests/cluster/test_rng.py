@@ -16,7 +16,7 @@ keys = st.tuples(seeds, st.text(max_size=8), indices.map(tuple))
 
 
 @given(keys)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_same_key_same_numbers_whatever_happened_before(key):
     seed, purpose, index = key
     first = rng.generator(seed, purpose, *index).random(8)
@@ -27,7 +27,7 @@ def test_same_key_same_numbers_whatever_happened_before(key):
 
 
 @given(keys, keys)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_other_key_other_numbers(one, two):
     def draw(key):
         return rng.generator(key[0], key[1], *key[2]).integers(0, 2**63, 4).tolist()
@@ -54,7 +54,7 @@ def test_neighbouring_streams_are_independent():
 
 
 @given(keys)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_derived_seeds_suit_torch(key):
     import torch
 

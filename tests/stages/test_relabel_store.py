@@ -44,7 +44,7 @@ def write_all(uri: str, num_images: int, options: RelabelOptions, **values) -> n
     return out
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     count=st.integers(1, 40000),
     classes=st.sampled_from([2, 2048, 10450]),

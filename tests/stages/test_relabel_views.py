@@ -99,7 +99,7 @@ def test_a_view_has_the_same_bits_in_any_batch_on_a_gpu(kind):
     assert torch.equal(moved, whole)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**31),
     epoch=st.integers(0, 10**6),

@@ -6,7 +6,7 @@ import math
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.search import findings
@@ -72,7 +72,6 @@ def test_pareto_front_by_hand():
     assert findings.pareto_front([], 1) == []
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=12))
 def test_pareto_front_by_definition(points):
     trials = [trial(i, float(top1), cost=float(cost)) for i, (top1, cost) in enumerate(points)]

@@ -73,7 +73,7 @@ def climb(ladder: Ladder, order: random.Random, room: int, result: Any = None) -
 REFERENCE = climb(make(), random.Random(0), 3)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.randoms(use_true_random=False), st.integers(1, 6))
 def test_the_table_does_not_depend_on_what_ends_first(order: random.Random, room: int) -> None:
     """Nor on how many jobs the cluster really runs at a time."""

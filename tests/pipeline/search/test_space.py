@@ -81,7 +81,7 @@ def catalogue_space(names: tuple[str, ...]):
 # Making a space takes longer than all else, so these few serve every test.
 PICKS = [tuple(generator(0, "spaces", n).permutation(sorted(CATALOGUE))[: n % 6 + 2].tolist()) for n in range(20)]
 spaces = st.sampled_from([*PICKS, tuple(CATALOGUE), tuple(reversed(CATALOGUE))]).map(catalogue_space)
-law = settings(max_examples=100, deadline=None)
+law = settings(max_examples=100)
 
 
 @law

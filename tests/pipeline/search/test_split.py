@@ -403,7 +403,7 @@ def test_the_plan_is_a_function_of_labels_size_and_seed(data, seed):
     assert chosen[0] == chosen[1], "however the images are cut into shards"
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.data(), st.integers(0, 2**40))
 def test_any_data_are_split_whole_whatever_interrupts(data, seed):
     labels, per_class = data.draw(labelled())

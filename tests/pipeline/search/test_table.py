@@ -38,7 +38,7 @@ TRIAL = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(TRIAL, max_size=4))
 def test_round_trip(tmp_path_factory, trials):
     where = str(tmp_path_factory.mktemp("t") / "trials.parquet")
