@@ -10,6 +10,7 @@ process; what counts are medians of image-steps a second, augmentation and optim
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import platform
@@ -50,10 +51,10 @@ class Case:
 
 
 CASES = {
-    "224": Case(("timm:resnet18", "timm:mobilenetv2_100", "timm:efficientnet_b0"), 224, 32, 1000, 1),
+    "224": Case(("timm:resnet18", "timm:mobilenetv2_100", "timm:efficientnet_b0"), 224, 32, 1000, 3),
     "32": Case(
         ("builtin:resnet10", "builtin:vgg_bn", "builtin:convnet_d3", "builtin:wrn16_2", "builtin:shufflenetv2"),
-        32, 100, 100, 2,
+        32, 100, 100, 4,
     ),
     "smoke": Case(("builtin:resnet10", "builtin:convnet_d3"), 32, 4, 10, 1),
 }  # fmt: skip
@@ -68,7 +69,11 @@ def ways(case: Case, device: torch.device) -> dict[str, Callable[[], torch.Tenso
         for index, arch in enumerate(case.archs)
     }
     options = RecoverOptions(r_bn=0.01, lr=0.05, roll=case.size // 7)
-    teachers = {n: Teacher(n, network, data, num_outputs=case.classes).to(device) for n, network in pool.items()}
+    # As recovery loads them.
+    teachers = {
+        n: Teacher(n, copy.deepcopy(network), data, num_outputs=case.classes).to(memory_format=torch.channels_last)
+        for n, network in pool.items()
+    }
     unit = RecoverUnit(
         ipc=0, chunk=0, classes=list(range(case.images)), logit_teachers=list(pool)[:1], bn_teachers=list(pool),
         iterations=case.steps, seed=0,
@@ -86,6 +91,8 @@ def ways(case: Case, device: torch.device) -> dict[str, Callable[[], torch.Tenso
 
 def main(name: str, rounds: str = "5") -> None:
     case, device = CASES[name], torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # Ours has TF32 off in any case.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     found = ways(case, device)
     rates: dict[str, list[float]] = {way: [] for way in found}
     for turn in range(int(rounds) + 1):

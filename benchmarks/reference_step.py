@@ -2,7 +2,8 @@
 
 Written from the formulas. The primary is there twice, once for its logits and once for its statistics; every network
 runs to its end; statistics are taken from a copy of every activation with the channels in front; all is float32 in
-NCHW, and nothing is compiled. What of the published step changes no result is kept too: a copy of the best images.
+NCHW, and nothing is compiled. Of what the published step does for nothing, the copy of the best images is kept; terms
+that are computed and dropped, and the verifier, are not.
 """
 
 from __future__ import annotations

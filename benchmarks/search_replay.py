@@ -6,8 +6,8 @@
 ``record`` measures every point of a grid at every rung, by the jobs of a search, on a split of the demo's training
 images (``search_replay.yaml``). ``play`` drives the search's own sampler, halving and ladder against that table, where
 a number that is suggested counts as the nearest of the grid: nothing is trained. Random search measures its trials in
-full. What counts are the recorded seconds of the jobs, each once, until a point has been measured in full that is as
-good as the best of the whole random search.
+full. What counts are the seconds of jobs, each once, until a point has been measured in full that is as good as
+the best of a whole random search of other seeds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -37,7 +37,6 @@ from pipeline.search.bench import Bench
 from pipeline.search.ladder import Ladder
 from pipeline.search.measure import measure
 from pipeline.search.run import Search, final_config
-from pipeline.search.space import Space
 from pipeline.search.trial import PREPARED, Trial
 
 CONFIG = os.path.join(os.path.dirname(os.path.abspath(__file__)), "search_replay.yaml")
@@ -46,7 +45,7 @@ LEVELS = {
     "recover.r_bn": [0.1, 10.0, 1000.0],
     "relabel.crop.min_scale": [0.1, 0.5, 0.9],
 }
-SEARCHES = 25
+SEARCHES = 200
 
 Point = dict[str, Any]
 
@@ -60,18 +59,18 @@ def make(out: str) -> Search:
 
 def measured_by(search: Search) -> dict[str, Any]:
     """What the figures of the table depend on, beside the points."""
-    config = search.config.model_dump(mode="json", include={"recover", "relabel", "evaluate", "teachers", "squeeze"})
-    return config | search.options.model_dump(mode="json", include={"rungs", "seeds", "split"})
+    sections = {"seed", "recover", "relabel", "evaluate", "teachers", "squeeze"}
+    config = search.config.model_dump(mode="json", include=sections)
+    return (
+        config
+        | {"images": search.ready.train.fingerprint}
+        | search.options.model_dump(mode="json", include={"rungs", "seeds", "split"})
+    )
 
 
 def grid() -> list[Point]:
     """All levels with each other."""
     return [dict(zip(LEVELS, levels, strict=True)) for levels in itertools.product(*LEVELS.values())]
-
-
-def snapped(point: Point) -> Point:
-    """The point of the grid that a suggestion counts as."""
-    return {path: min(levels, key=lambda level: abs(math.log(level / point[path]))) for path, levels in LEVELS.items()}
 
 
 def _measure(root: str, bench: Bench, point: Point, rung: int, name: str) -> dict[str, Any]:
@@ -87,7 +86,7 @@ def _measure(root: str, bench: Bench, point: Point, rung: int, name: str) -> dic
 def record(folder: str) -> dict[str, Any]:
     """The table: point, rung, accuracy of every seed, seconds."""
     found = make(folder)
-    bench = found._bench(Space(found._prepare(), found.space.variables))
+    bench = found.prepare()
     jobs = list(itertools.product(grid(), range(len(bench.rungs))))
     rows: list[dict[str, Any]] = []
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
@@ -123,6 +122,21 @@ class Replay:
         """Point and rung → what was measured."""
         return {self._key(row["point"], row["rung"]): row for row in self.table["rows"]}
 
+    @cached_property
+    def seconds(self) -> list[float]:
+        """Mean of each rung: all its jobs are the same work, and what else the machine did is no matter of points."""
+        rungs = range(len(self.search.options.rungs))
+        return [statistics.fmean(row["seconds"] for row in self.table["rows"] if row["rung"] == rung) for rung in rungs]
+
+    def snapped(self, point: Point) -> Point:
+        """The point of the grid that a suggestion counts as: the nearest, as the space measures it."""
+
+        def distance(path: str, level: float) -> float:
+            logarithmic = self.search.options.space[path].log
+            return abs(math.log(level / point[path]) if logarithmic else level - point[path])
+
+        return {path: min(levels, key=partial(distance, path)) for path, levels in LEVELS.items()}
+
     @staticmethod
     def _key(point: Point, rung: int) -> str:
         return json.dumps([point, rung], sort_keys=True)
@@ -141,8 +155,7 @@ class Replay:
         sampler = Sampler(space.suggest, space.defaults(), kind, {"top1": "max"}, options.trials, seed)
 
         def planned(point: Point, rung: int) -> tuple[float, float]:
-            seconds = self.rows[self._key(point, first + rung)]["seconds"]
-            return seconds, seconds
+            return self.seconds[first + rung], self.seconds[first + rung]
 
         def observe(trial: Trial) -> None:
             sampler.observe(trial.number, {"top1": trial.rungs[-1].top1} if trial.state != "failed" else None)
@@ -151,7 +164,7 @@ class Replay:
             sampler.suggest,
             observe,
             Halving(rungs, options.reduction_factor).goes_on,
-            lambda params: snapped(space.point(params)),
+            lambda params: self.snapped(space.point(params)),
             planned,
             trials=options.trials,
             rungs=rungs,
@@ -166,26 +179,37 @@ class Replay:
             row = self.rows[key]
             if key not in known:
                 known.add(key)
-                spent += row["seconds"]
+                spent += self.seconds[first + job["rung"]]
             if job["rung"] == rungs - 1:
                 curve.append((spent, row["top1"]))
-            return {"top1": row["top1"], "top1_seeds": row["top1_seeds"], "seconds": row["seconds"]}
+            return {"top1": row["top1"], "top1_seeds": row["top1_seeds"], "seconds": self.seconds[first + job["rung"]]}
 
         run_here(work, ladder)
         return curve + [(spent, -math.inf)]
+
+    @cached_property
+    def targets(self) -> list[tuple[float, float]]:
+        """Best accuracy and seconds of random searches in full, one for each seed of a search; its own seeds differ."""
+        found = [self.play("random", halving=False, seed=SEARCHES + seed) for seed in range(SEARCHES)]
+        return [(max(value for _, value in curve), curve[-1][0]) for curve in found]
 
     def share(self, seed: int, kind: str = "tpe", halving: bool = True) -> float:
         """Seconds until a search has what random search found, over the seconds of that whole random search.
 
         Args:
-            seed: of the search; the random search has another one, so that they do not try the same points.
+            seed: of the search, below ``SEARCHES``.
             kind: of its sampler.
             halving: see ``play``.
+
+        Returns:
+            Infinity where it ends without.
         """
-        drawn = self.play("random", halving=False, seed=SEARCHES + seed)
-        best = max(value for _, value in drawn)
-        reached = (spent for spent, value in self.play(kind, halving, seed) if value >= best)
-        return next(reached, math.inf) / drawn[-1][0]
+        best, seconds = self.targets[seed]
+        return next((spent for spent, value in self.play(kind, halving, seed) if value >= best), math.inf) / seconds
+
+    def shares(self, kind: str = "tpe", halving: bool = True) -> list[float]:
+        """Of all searches, ascending."""
+        return sorted(self.share(seed, kind, halving) for seed in range(SEARCHES))
 
 
 def main(command: str, where: str) -> None:
@@ -196,11 +220,15 @@ def main(command: str, where: str) -> None:
         return
     replay = Replay(storage.read_json(where))
     for kind, halving in itertools.product(("tpe", "random"), (True, False)):
-        shares = sorted(replay.share(seed, kind, halving) for seed in range(SEARCHES))
+        shares = replay.shares(kind, halving)
+        # 95 % interval of a median: it lies between these, if the number below it is binomial.
+        rank = math.ceil(0.98 * math.sqrt(SEARCHES))
+        low, high = shares[SEARCHES // 2 - rank], shares[SEARCHES // 2 + rank]
+        in_half = statistics.fmean(share <= 0.5 for share in shares)
+        never = statistics.fmean(share == math.inf for share in shares)
         words = f"{kind} {'with' if halving else 'without'} halving"
-        in_half = sum(share <= 0.5 for share in shares)
-        print(f"{words:<24} median {statistics.median(shares):.2f}, {in_half} of {SEARCHES} in half: ", end="")
-        print(*(f"{share:.2f}" for share in shares))
+        median = f"{statistics.median(shares):.2f} ({low:.2f}-{high:.2f})"
+        print(f"{words:<24} {median}, {in_half:.0%} in half, {never:.0%} never")
 
 
 if __name__ == "__main__":

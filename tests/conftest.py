@@ -32,9 +32,9 @@ hypothesis.settings.load_profile("untimed")
 SHARED = Path(os.environ.get("PRISM_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """However they are called, long tests get the time that they need."""
-    for item in items:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where the command says nothing of time, long tests get what they need."""
+    for item in items if config.getoption("timeout") is None else ():
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(3600))
 

@@ -176,17 +176,14 @@ class Search:
             RunError: Tune gave up, or the teachers could not be trained.
         """
         kept = self._claim()
-        # The same points over other data, so nothing is to be checked anew.
-        space = Space(self._prepare(), self.space.variables)
-        bench = self._bench(space, gpu=kept["gpus"] > 0)
-        bench = replace(bench, subsets=self._subsets(bench))
+        bench = self.prepare(gpu=kept["gpus"] > 0)
         with StageProgress("search", self.options.trials, "trials") as shown:
 
             def tell(trial: Trial) -> None:
                 write_trials(storage.join(self.config.out, TRIALS_FILE), ladder.trials)
                 shown.advance(_sentence(trial, len(bench.rungs)))
 
-            ladder = self._ladder(space, bench, kept, tell)
+            ladder = self._ladder(bench, kept, tell)
             self._run(bench, ladder, kept, callbacks)
         return ladder.trials
 
@@ -279,8 +276,18 @@ class Search:
         # The more at once, the less each suggestion has learnt from: of 24 at once, nothing.
         return options.parallel or min(room, max(1, options.trials // LESSONS)), gpus
 
-    def _prepare(self) -> Config:
-        """Cut the split and train teachers without it; returns the configuration with the split as its data."""
+    def prepare(self, gpu: bool = False) -> Bench:
+        """Cut the split and train teachers without it; returns the bench of jobs on the split."""
+        cut = self._cut()
+        # The same points over other data, so nothing is to be checked anew.
+        bench = self._bench(Space(cut, self.space.variables), gpu)
+        bench = replace(bench, subsets=self._subsets(bench))
+        # Last, because it may take hours: want of room for the images shows before.
+        execute(cut.model_copy(update={"search": None}), ["squeeze"], serial=self.serial)
+        return bench
+
+    def _cut(self) -> Config:
+        """The configuration with the split as its data."""
         train, val = split_dataset(
             self.ready.train,
             storage.join(self.root, "data"),
@@ -292,11 +299,8 @@ class Search:
         )
         data = self.config.data.model_copy(update={"train": train, "val": val})
         evaluate = self.config.evaluate.model_copy(update={"baselines": []})
-        cut = self.config.model_copy(
-            update={"out": storage.join(self.root, PREPARED), "data": data, "evaluate": evaluate}
-        )
-        execute(cut.model_copy(update={"search": None}), ["squeeze"], serial=self.serial)
-        return cut
+        out = storage.join(self.root, PREPARED)
+        return self.config.model_copy(update={"out": out, "data": data, "evaluate": evaluate})
 
     def _subsets(self, bench: Bench) -> dict[int, DataConfig]:
         """Cut the data of rungs with fewer than all classes out of the split's."""
@@ -313,9 +317,10 @@ class Search:
             for count in sorted(counts)
         }
 
-    def _ladder(self, space: Space, bench: Bench, kept: dict[str, Any], tell: Callable[[Trial], None]) -> Ladder:
+    def _ladder(self, bench: Bench, kept: dict[str, Any], tell: Callable[[Trial], None]) -> Ladder:
         from cluster.tune import Halving, Sampler
 
+        space = bench.space
         chosen = dict(OBJECTIVES[name] for name in self.options.objectives)
         sampler = Sampler(
             space.suggest, space.defaults(), self.options.sampler, chosen, kept["trials"], self.config.seed

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from stages.data import DataSpec
 from stages.recover.objective import LocalObjective
@@ -27,6 +28,11 @@ POOL = ("builtin:resnet10", "builtin:vgg_bn", "builtin:mobilenetv2", "builtin:sh
 def test_loss_and_gradient_in_float64(names: tuple[str, ...]) -> None:
     torch.manual_seed(0)
     pool = {name: build_network(TeacherSpec(arch=name), 5, 3, seed=1).double() for name in names}
+    for network in pool.values():
+        for layer in network.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.running_mean.normal_()
+                layer.running_var.uniform_(0.5, 2.0)
     x, y = torch.randn(4, 3, 32, 32, dtype=torch.float64), torch.tensor([0, 1, 2, 3])
     options = RecoverOptions(r_bn=0.3)
     ours = LocalObjective(

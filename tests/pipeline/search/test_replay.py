@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import math
 import statistics
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 
 from cluster import storage
+from pipeline.loading import merge
 
 BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
 
@@ -39,14 +39,19 @@ def test_the_table_is_of_the_whole_grid_and_of_todays_settings(script: ModuleTyp
     rungs = range(len(replay.search.options.rungs))
     assert replay.rows.keys() == {replay._key(point, rung) for point, rung in itertools.product(script.grid(), rungs)}
     assert len(replay.rows) == len(replay.table["rows"])
-    assert replay.table["measured_by"] == script.measured_by(replay.search)
+    # Fields that came later had no say.
+    today = script.measured_by(replay.search)
+    assert merge(today, replay.table["measured_by"]) == today
 
 
-def test_tpe_and_halving_find_what_random_search_finds_in_half_of_its_seconds(script: ModuleType, replay: Any) -> None:
-    shares = [replay.share(seed) for seed in range(script.SEARCHES)]
-    assert statistics.median(shares) <= 0.5
-    assert sum(share == math.inf for share in shares) <= script.SEARCHES // 5
-    assert replay.share(0) == shares[0]
+def test_tpe_and_halving_find_what_random_search_finds_in_half_of_its_seconds(replay: Any) -> None:
+    """Random search itself takes most of the seconds of another random search to come to the same."""
+    ours = replay.shares()
+    assert statistics.median(ours) <= 0.5
+    assert statistics.fmean(share <= 0.5 for share in ours) >= 0.6
+    assert statistics.median(ours) <= 0.8 * statistics.median(replay.shares(halving=False))
+    assert statistics.median(ours) <= 0.7 * statistics.median(replay.shares("random", halving=False))
+    assert replay.play("tpe", True, 0) == replay.play("tpe", True, 0)
 
 
 def test_what_counts_is_a_full_measurement_and_all_seconds_before_it(script: ModuleType, replay: Any) -> None:
@@ -54,10 +59,11 @@ def test_what_counts_is_a_full_measurement_and_all_seconds_before_it(script: Mod
     full = replay.play("random", halving=False, seed=0)
     # Every trial in full; a point that comes again costs nothing.
     assert len(full) == trials + 1
-    known = {(row["seconds"], row["top1"]) for row in replay.table["rows"] if row["rung"] == last}
-    steps = [(round(b - a, 2), top1) for (a, _), (b, top1) in itertools.pairwise([(0.0, 0.0), *full[:-1]])]
-    assert all((seconds, top1) in known for seconds, top1 in steps if seconds)
-    # Halving measures fewer in full, and before the first of them at least its own earlier rungs are paid.
+    known = {row["top1"] for row in replay.table["rows"] if row["rung"] == last}
+    assert {top1 for _, top1 in full[:-1]} <= known
+    steps = {round(b - a, 6) for (a, _), (b, _) in itertools.pairwise([(0.0, 0.0), *full[:-1]])}
+    assert steps <= {0.0, round(replay.seconds[last], 6)}
+    # Halving measures fewer in full, and before the first of them its own earlier rungs are paid.
     halved = replay.play("tpe", halving=True, seed=0)
     assert 1 < len(halved) < trials / 2
-    assert halved[0][0] > min(seconds for seconds, _ in known)
+    assert halved[0][0] >= sum(replay.seconds)
