@@ -47,6 +47,10 @@ def redact(text: str) -> str:
     return _SIGNED_QUERY.sub(r"\1***", _USER_OF_ADDRESS.sub("***", text))
 
 
+class TransientError(RunError):
+    """A machine or a network failed, not what was asked of it: the same may succeed later, or elsewhere."""
+
+
 class HelperLost(RunError):
     """An actor that another one made for itself died, or its machine did."""
 

@@ -26,7 +26,7 @@ from botocore.parsers import ResponseParserError
 from fsspec.asyn import FSTimeoutError, sync_wrapper
 from s3fs import S3FileSystem
 
-from cluster.errors import PrismError, RunError, UserError, first_line, redact
+from cluster.errors import PrismError, RunError, TransientError, UserError, first_line, redact
 
 log = logging.getLogger("prism")
 
@@ -245,7 +245,7 @@ def explain(error: BaseException, uri: str, answered: bool) -> PrismError | None
     if isinstance(error, (ValueError, boto.BotoCoreError)) and "endpoint" in str(error).lower() and not passes(error):
         return UserError(f"{uri}: {first_line(error)}; correct AWS_ENDPOINT_URL")
     if isinstance(error, UNREACHABLE) and not answered:
-        return RunError(
+        return TransientError(
             f"{uri}: no object store answers{at} ({_reason(error)}); check AWS_ENDPOINT_URL and the network, "
             "then run the same command again to resume"
         )
@@ -272,7 +272,7 @@ def explain(error: BaseException, uri: str, answered: bool) -> PrismError | None
             "and to get, put and delete its objects"
         )
     if passes(error):
-        return RunError(
+        return TransientError(
             f"{uri}: the object store{at} fails again and again ({_reason(error)}); "
             "run the same command again to resume"
         )

@@ -143,10 +143,26 @@ class Guarded:
 
 
 def run_serial(rows: list[Row], stages: list[ActorStage]) -> Iterator[Row]:
-    """Everything in this process, one unit after the other: tests, debugging, Tune trials, reference bytes."""
+    """Everything in this process, one unit after the other: tests, debugging, reference bytes."""
+    return _one_by_one(rows, stages, Guarded)
+
+
+def run_bare(rows: list[Row], stages: list[ActorStage]) -> Iterator[Row]:
+    """The same, but the first failure is raised as it is: for callers to whom it matters what failed."""
+    return _one_by_one(rows, stages, _bare)
+
+
+def _bare(stage: ActorStage) -> Callable[[Row], Row]:
+    torch.set_num_threads(stage.resources.threads)
+    return stage.factory(**stage.kwargs)
+
+
+def _one_by_one(
+    rows: list[Row], stages: list[ActorStage], make: Callable[[ActorStage], Callable[[Row], Row]]
+) -> Iterator[Row]:
     threads = torch.get_num_threads()
     try:
-        ready = [Guarded(stage) for stage in stages]
+        ready = [make(stage) for stage in stages]
         for row in rows:
             for index, stage in enumerate(ready):
                 torch.set_num_threads(stages[index].resources.threads)

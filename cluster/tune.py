@@ -18,6 +18,7 @@ from ray.tune.execution.placement_groups import PlacementGroupFactory
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
+from tenacity import Retrying, stop_after_attempt
 
 from cluster import rng, storage
 from cluster.errors import RunError, first_line, redact
@@ -265,7 +266,7 @@ def run_here(work: Work, jobs: Jobs) -> None:
         job = jobs.hand_out()
         assert job is not None, "no other is out"
         try:
-            result = work(job)
+            result = Retrying(stop=stop_after_attempt(RESTARTS + 1), reraise=True)(work, job)
         except Exception as error:
             result = {"reason": redact(f"{type(error).__name__}: {first_line(error)}")}
         jobs.take(job["key"], result)

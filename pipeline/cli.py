@@ -150,7 +150,9 @@ def init(
 @app.command()
 def status(
     out: Annotated[str, typer.Argument(help="A run directory, local or s3://")],
-    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON, for programs.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="JSON for programs, a line each for a run and a search.")
+    ] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Again and again while a driver works on it.")] = False,
 ) -> None:
     """Show what a run, or a search, has done and is doing, from its directory alone."""

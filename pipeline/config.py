@@ -78,8 +78,8 @@ class DataConfig(Frozen):
 class ResourcesConfig(Frozen):
     """Where and on how much the stages run.
 
-    Changing it never changes results, except ``placement`` and ``threads``, which for trainings come from the CPUs,
-    ``gpus``, ``parallel`` and the number of networks where they are left open.
+    Changing it never changes results, except ``placement``, the ``workers`` of a training and ``threads``, which for
+    trainings come from the CPUs, ``gpus``, ``parallel`` and the number of networks where they are left open.
 
     Attributes:
         placement: of the teachers of recovery. ``colocated`` = all in the unit's actor, on one device; ``per_teacher``
@@ -187,6 +187,13 @@ class Config(Frozen):
             # Files may be moved or mounted elsewhere; what they are called stays part of what was asked for.
             spec["weights"] = spec["weights"] and spec["weights"].rpartition("/")[2]
             spec["arch"] = portable_arch(spec["arch"])
+        return value
+
+    def evaluation(self) -> dict[str, Any]:
+        """``evaluate`` as plain values, as ``identity`` has the rest: a user's file may be moved."""
+        value = self.evaluate.model_dump(mode="json")
+        for network in value["students"].values():
+            network["arch"] = portable_arch(network["arch"])
         return value
 
     def sha256(self) -> str:

@@ -13,7 +13,7 @@ from cluster.runner import ActorStage, fit_pools, run_ray, run_serial
 from cluster.session import ray_session
 from pipeline import rundir
 from pipeline.config import Config
-from pipeline.context import DISTILLED, Run
+from pipeline.context import DISTILLED, RANDOM_REAL, Run
 from pipeline.describe import cost, print_plan, results_table
 from pipeline.paths import absolute
 from pipeline.preflight import Planned, check_space, preflight
@@ -60,8 +60,13 @@ def check(config: Config, *, serial: bool) -> Run:
     run = Run(config, ready, run_serial if serial else run_ray, serial)
     found = cost(config, run.units, ready.networks, ready.data.num_classes)
     sets, shards = run.image_sets, len(run.label_units)
-    labels = [Planned(f"labels/{name}", shards, found.label_bytes // len(sets)) for name in sets]
-    check_space(config, [Planned("recovered", len(run.units), found.image_bytes), *labels], ready.students)
+    planned = [Planned(f"labels/{name}", shards, found.label_bytes // len(sets)) for name in sets]
+    folders = ["recovered", "init"] if config.recover.init == "real" else ["recovered"]
+    planned += [Planned(folder, len(run.units), found.image_bytes) for folder in folders]
+    if RANDOM_REAL in sets:
+        # A shard for every one of the real data that it has images of, in one go.
+        planned.append(Planned("baselines/random_real", 1, found.image_bytes))
+    check_space(config, planned, ready.students)
     return run
 
 

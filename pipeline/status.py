@@ -15,6 +15,7 @@ from pipeline.context import RANDOM_REAL
 from pipeline.plan import plan_size
 from pipeline.rundir import read_run, read_seconds
 from pipeline.summary import SUMMARY_FILE
+from stages.evaluate.jobs import student_id
 from stages.teachers.card import CARD_FILE
 
 # Single tasks that are looked at.
@@ -211,7 +212,7 @@ class _Reader:
             planned=self._planned(part),
             done=self._done(part),
             running=len(tasks) if now and part.has_tasks else None,
-            wall_hours=max(self.seconds.get(part.name, 0.0), record.seconds if record else 0.0) / 3600,
+            wall_hours=self._wall_seconds(part.name) / 3600,
         )
         if record is None:
             return found
@@ -227,12 +228,20 @@ class _Reader:
             }
         )
 
+    def _wall_seconds(self, name: str) -> float:
+        record, baseline = self.records[name], self.records.get("baseline")
+        timed = self.seconds.get(name, 0.0)
+        if name == "relabel" and baseline:
+            # One stage labels both.
+            timed -= baseline.seconds
+        return max(timed, record.seconds if record else 0.0)
+
     def _planned(self, part: _Part) -> int | None:
-        record, evaluate = self.records[part.name], self.config.evaluate
+        record = self.records[part.name]
         if part.name == "squeeze":
             return len(self.config.teachers)
         if part.name == "evaluate":
-            return len(evaluate.students) * len(evaluate.seeds) * (1 + len(evaluate.baselines))
+            return len(self._students())
         if record:
             return int(record.planned)
         return plan_size(self.out) if part.name == "recover" else None
@@ -243,7 +252,20 @@ class _Reader:
             return len(self.teachers)
         if record and self.alive and part.name != "evaluate":
             return int(record.done)
-        return len(storage.list_files(storage.join(self.out, *part.folder.split("/")), part.suffix))
+        there = storage.list_files(storage.join(self.out, *part.folder.split("/")), part.suffix)
+        if part.name == "evaluate":
+            # Results of students that are no longer asked for stay where they are.
+            return sum(f"{name}{part.suffix}" in there for name in self._students())
+        return len(there)
+
+    def _students(self) -> list[str]:
+        config, evaluate = self.config, self.config.evaluate
+        return [
+            student_id(method, student, evaluate.protocol.name, seed)
+            for method in (config.recipe, *evaluate.baselines)
+            for student in evaluate.students
+            for seed in evaluate.seeds
+        ]
 
     def _tasks_uri(self, part: _Part) -> str:
         return storage.join(self.out, "progress", part.record)

@@ -139,6 +139,7 @@ def jobs_of(run: Run) -> list[StudentJob]:
             epochs=config.relabel.epochs,
             ipc=config.recover.ipc,
             inputs_sha=f"{run.label_identity}-{run.ready.val.fingerprint}",
+            workers=config.resources.evaluate.workers,
         )
     ]
 

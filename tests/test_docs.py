@@ -29,7 +29,7 @@ from stages.relabel.options import RelabelOptions
 from stages.relabel.store import write_labels
 from stages.relabel.unit import plan_units
 from stages.relabel.views import draw_views
-from stages.teachers.build import build_network, count_bn
+from stages.teachers.build import bn_layers, build_network
 from stages.teachers.networks import NETWORKS
 from stages.teachers.options import NetworkSpec, TeacherSpec
 from stages.teachers.weights import apply_weights, load_state
@@ -274,7 +274,7 @@ def test_shown_factory_is_a_bn_teacher(tmp_path):
     (shown,) = blocks((ROOT / "docs" / "teachers.md").read_text(), "python")
     (tmp_path / "mymodels.py").write_text(shown)
     network = build_network(NetworkSpec(arch=f"user:{tmp_path}/mymodels.py:make_net"), 4, 3)
-    assert count_bn(network) == 1
+    assert len(bn_layers(network)) == 1
     assert network.eval()(torch.zeros(2, 3, 16, 16)).shape == (2, 4)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.errors import PrismError
+from cluster.errors import PrismError, TransientError
 from pipeline.config import Config, DataConfig
 from pipeline.describe import cost
 from pipeline.plan import REFERENCE_STEP_FLOPS, REFERENCE_STEP_S, make_plan
@@ -104,6 +104,8 @@ def make_work(root: str, bench: Bench) -> Callable[[dict[str, Any]], dict[str, A
     def work(job: dict[str, Any]) -> dict[str, Any]:
         try:
             found = measure(root, bench.config(job["point"], job["rung"]), job["key"])
+        except TransientError:
+            raise
         except PrismError as error:
             # A point that fails is a result like another; the search goes on.
             return {"value": float("nan"), "reason": str(error)}

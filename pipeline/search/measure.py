@@ -10,11 +10,11 @@ from functools import cached_property
 from typing import Any
 
 from cluster import storage
-from cluster.errors import PrismError, RunError, redact
+from cluster.errors import PrismError, RunError, TransientError, redact
 from cluster.ledger import content_key
 from cluster.progress import console
 from cluster.resources import ActorResources, TrainResources
-from cluster.runner import run_serial
+from cluster.runner import run_bare
 from pipeline import steps
 from pipeline.config import Config, ResourcesConfig
 from pipeline.context import Run
@@ -24,7 +24,7 @@ from pipeline.work import recover_work
 from stages.evaluate.validate import read_results
 from stages.recover import stage as recovery
 from stages.recover.unit import RecoverUnit
-from stages.teachers.arch import code_sha256
+from stages.teachers.arch import code_sha256, portable_arch
 from stages.teachers.options import TeacherSpec
 
 # What only decides which units there are: two pools whose draw for an index is the same share that unit.
@@ -88,7 +88,10 @@ class JobRun(Run):
             "draw": recover.model_dump(mode="json", include=DRAWING) if at_steps else None,
             "data": [self.ready.train.fingerprint, self.config.data.model_dump(mode="json", exclude={"train", "val"})],
             "teachers": {
-                name: [spec.model_dump(mode="json", exclude={"weights"}), self.card(name).sha256]
+                name: [
+                    spec.model_dump(mode="json", exclude={"weights"}) | {"arch": portable_arch(spec.arch)},
+                    self.card(name).sha256,
+                ]
                 for name, spec in self.config.teachers.items()
             },
             "threads": self.config.resources.recover.threads,
@@ -103,7 +106,11 @@ class JobRun(Run):
     @cached_property
     def key(self) -> str:
         """Hash of all that the result depends on."""
-        config = self.config.model_dump(mode="json", by_alias=True, exclude={"name", "out", "provenance", "data"})
+        config = {
+            **self.config.identity(),
+            "evaluate": self.config.evaluation(),
+            "resources": self.config.resources.model_dump(mode="json", by_alias=True),
+        }
         networks = [*self.config.teachers.values(), *self.config.evaluate.students.values()]
         code = [code_sha256(network.arch) for network in networks]
         return content_key(config, code, self.image_identity, self.ready.val.fingerprint)
@@ -119,6 +126,8 @@ def measure(root: str, config: Config, job: str) -> Measured:
 
     Raises:
         PrismError: the point cannot be measured, now or at an earlier time; see the stages.
+        Exception: what else stopped it (a full disk, a device, an object store away) is nothing that the point did, and
+            not recorded.
     """
     with _quiet():
         run = _run(root, config, job)
@@ -127,6 +136,8 @@ def measure(root: str, config: Config, job: str) -> Measured:
             start = time.monotonic()
             try:
                 found = {**_measure(run), "seconds": round(time.monotonic() - start, 2)}
+            except TransientError:
+                raise
             except PrismError as error:
                 found = {"reason": redact(" ".join(str(error).split()))[:500]}
             storage.write_json(_record(run), found)
@@ -144,10 +155,10 @@ def look_up(root: str, config: Config) -> dict[str, Any] | None:
 def _run(root: str, config: Config, job: str) -> JobRun:
     train, val, data = check_data(config)
     ready = Ready(train, val, data, {}, {})
-    named = JobRun(config, ready, run_serial, True, root)
+    named = JobRun(config, ready, run_bare, True, root)
     # By content too: another search, or a longer one, may give the job's name to another point.
     out = storage.join(root, "jobs", f"{job}-{named.key[:12]}")
-    return JobRun(config.model_copy(update={"out": out}), ready, run_serial, True, root)
+    return JobRun(config.model_copy(update={"out": out}), ready, run_bare, True, root)
 
 
 def _record(run: JobRun) -> str:

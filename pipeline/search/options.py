@@ -94,7 +94,7 @@ class SearchOptions(Frozen):
         parallel: jobs at a time on the virtual clock that orders results. None: as many as the cluster holds when the
             search starts. Part of what makes the table come out the same.
         cpus: CPUs of a job; torch threads are as many, at least one.
-        gpus: GPUs of a job. None: 1 where the cluster has GPUs, else 0.
+        gpus: GPUs of a job. None: 1 where the cluster has GPUs, else 0; with ``--serial`` 0.
         min_succeeded: share of trials that must not fail.
         final_seeds: students of the default's and the winner's full runs, which are tested on the validation data.
     """

@@ -234,9 +234,12 @@ class Search:
         ``parallel`` = virtual machines, ``gpus`` = of a job, ``trials`` = by which the sampler plans.
         """
         where, options = storage.join(self.config.out, SEARCH_FILE), self.options
+        evaluate = self.config.evaluation()
+        # Trials have seeds of their own and no baselines; the full runs may get more.
+        del evaluate["seeds"], evaluate["baselines"]
         content = {
             **self.config.identity(),
-            "evaluate": self.config.evaluate.model_dump(mode="json"),
+            "evaluate": evaluate,
             # A longer search goes on where a shorter one ended.
             "search": options.model_dump(mode="json", exclude={"trials", "final_seeds", "min_succeeded", "trackers"}),
             "data_fingerprints": self.ready.fingerprints,
@@ -260,7 +263,7 @@ class Search:
         """Virtual machines and GPUs of a job, by what the cluster can hold."""
         options = self.options
         if self.serial:
-            return options.parallel or 1, 0.0
+            return options.parallel or 1, options.gpus or 0.0
         from cluster.capacity import read_capacity
 
         capacity = read_capacity()

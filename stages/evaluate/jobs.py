@@ -36,6 +36,7 @@ class StudentJob(Frozen):
         epochs: label epochs = training epochs.
         ipc: images per class.
         inputs_sha: hash of all that determined images and labels.
+        workers: that train it together; each takes its BN statistics from its own share of a batch.
     """
 
     method: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
@@ -50,6 +51,7 @@ class StudentJob(Frozen):
     epochs: int = Field(ge=1)
     ipc: int = Field(ge=1)
     inputs_sha: str
+    workers: int = Field(default=1, ge=1)
 
     @property
     def id(self) -> str:
@@ -79,6 +81,7 @@ def plan_jobs(
     epochs: int,
     ipc: int,
     inputs_sha: str,
+    workers: int = 1,
 ) -> list[StudentJob]:
     """Jobs of one method: every student with every seed.
 
@@ -101,6 +104,7 @@ def plan_jobs(
             epochs=epochs,
             ipc=ipc,
             inputs_sha=inputs_sha,
+            workers=workers,
         )
         for name, network in options.students.items()
         for seed in options.seeds

@@ -98,11 +98,6 @@ def bn_layers(network: nn.Module) -> list[nn.BatchNorm2d]:
     return [layer for layer in found if layer.running_mean is not None]
 
 
-def count_bn(network: nn.Module) -> int:
-    """Number of BatchNorm2d layers with running statistics."""
-    return len(bn_layers(network))
-
-
 def memory_format(network: nn.Module) -> torch.memory_format:
     """Layout in which a network and its images are fastest, on CPUs as on GPUs: channels last.
 

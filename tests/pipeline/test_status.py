@@ -110,6 +110,21 @@ def test_without_a_driver_what_is_committed_counts(out, prism):
     assert (found["recover"].per_hour, found["recover"].seconds_left, found["recover"].running) == (None, None, None)
 
 
+def test_results_of_students_that_are_no_longer_asked_for_do_not_count(out):
+    for name in ("prism--res--default--s0", "prism--other--default--s0", "prism--res--older--s0"):
+        storage.write_json(storage.join(out, "eval", f"{name}.json"), {})
+    found = stages(out)["evaluate"]
+    assert (found.done, found.planned) == (1, 3)
+
+
+def test_hours_of_the_baseline_count_once(out):
+    storage.write_json(storage.join(out, "progress", "seconds.json"), {"relabel": 7200.0})
+    with RecordWriter(storage.join(out, "progress", "baseline"), "shards", 1, []) as writer:
+        writer.record.seconds = 3600.0
+    found = stages(out)
+    assert found["relabel"].wall_hours + found["baseline"].wall_hours == pytest.approx(2.0, abs=0.01)
+
+
 def test_a_dead_driver_and_a_silent_one(out, prism):
     with Lease(out):
         record = storage.read_json(storage.join(out, LEASE_FILE))

@@ -57,7 +57,8 @@ def test_content_hash_knows_what_matters() -> None:
     base = jobs()[0].content_sha
     assert jobs(images_uri="/moved/images", labels_uri="s3://moved/labels")[0].content_sha == base
     others = [
-        jobs("other")[0], jobs(epochs=11)[0], jobs(ipc=2)[0], jobs(inputs_sha="y")[0], jobs()[1], jobs()[2],
+        jobs("other")[0], jobs(epochs=11)[0], jobs(ipc=2)[0], jobs(inputs_sha="y")[0], jobs(workers=2)[0],
+        jobs()[1], jobs()[2],
         jobs("hard_label")[0],
     ]  # fmt: skip
     hashes = {job.content_sha for job in others}

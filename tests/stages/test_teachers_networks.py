@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cluster.errors import UserError
-from stages.teachers.build import bn_layers, build_network, check_arch, count_bn, memory_format
+from stages.teachers.build import bn_layers, build_network, check_arch, memory_format
 from stages.teachers.networks import NETWORKS
 from stages.teachers.options import NetworkSpec
 
@@ -65,7 +65,7 @@ def test_forward_backward(name, size, channels):
 
 @pytest.mark.parametrize("name", sorted(NETWORKS))
 def test_bn_layers_are_those_of_the_paper(name):
-    assert count_bn(small(name)) == BN[name]
+    assert len(bn_layers(small(name))) == BN[name]
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
@@ -127,11 +127,11 @@ def test_torchvision_takes_colour_only():
 
 def test_timm_and_torchvision_count_alike():
     """BatchNormAct2d of timm counts; figures of the reference table (torchvision)."""
-    assert count_bn(build_network(NetworkSpec(arch="torchvision:mobilenet_v2"), 10, 3)) == 52
+    assert len(bn_layers(build_network(NetworkSpec(arch="torchvision:mobilenet_v2"), 10, 3))) == 52
     network = build_network(NetworkSpec(arch="timm:mobilenetv2_100"), 10, 3)
-    assert count_bn(network) == 52
+    assert len(bn_layers(network)) == 52
     assert sum(layer.num_features for layer in bn_layers(network)) == 17_056
-    assert count_bn(build_network(NetworkSpec(arch="torchvision:alexnet"), 10, 3)) == 0
+    assert len(bn_layers(build_network(NetworkSpec(arch="torchvision:alexnet"), 10, 3))) == 0
 
 
 USER = """

@@ -6,14 +6,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from cluster import storage
-from cluster.errors import RunError
+from cluster.errors import RunError, TransientError
 from pipeline.config import Config
 from pipeline.loading import load_config
 from pipeline.run import execute
 from pipeline.search.measure import lighten, look_up, measure
 from pipeline.search.trial import PREPARED
+from stages.recover.stage import RecoverStage
 
 BOTH = "recover.bn_teachers=[res, conv]"
 SOURCE = """
@@ -68,6 +70,16 @@ def test_what_was_measured_is_not_measured_again(root, job) -> None:
     shutil.rmtree(root / "units")
     assert measure(str(root), job(), "00007-2") == first
     assert not (root / "units").exists()
+
+
+def test_nor_where_files_were_moved(root, job, tmp_path) -> None:
+    """What changes no result is not part of what a measurement is known by."""
+    measure(str(root), job(), "00000-0")
+    moved = job(f"squeeze.cache={tmp_path / 'cache'}", "recover.checkpoint_every=7", "name=other")
+    assert look_up(str(root), moved) is not None
+    assert look_up(str(root), job("recover.lr=0.2")) is None
+    assert look_up(str(root), job("evaluate.protocol.lr=0.2")) is None
+    assert look_up(str(root), job(seeds=(1,))) is None
 
 
 def test_units_are_shared_by_what_determines_them(root, job) -> None:
@@ -170,6 +182,22 @@ def test_what_the_machine_does_is_no_result(root, job, monkeypatch) -> None:
     assert look_up(str(root), job()) is None
     measure(str(root), job(), "00000-0")
     assert look_up(str(root), job()) is not None
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [OSError(28, "No space left on device"), torch.OutOfMemoryError("out of memory"), TransientError("s3://b: away")],
+)
+def test_nor_what_it_does_inside_a_stage(root, job, monkeypatch, failure) -> None:
+    def fail(stage, row) -> None:
+        raise failure
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RecoverStage, "__call__", fail)
+        with pytest.raises(type(failure)):
+            measure(str(root), job(), "00000-0")
+    assert look_up(str(root), job()) is None
+    assert measure(str(root), job(), "00000-0").units == 2
 
 
 def test_a_users_network_counts_by_its_code(root, tiny_config, tmp_path) -> None:
