@@ -20,7 +20,8 @@ from stages.teachers.teacher import Teacher
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from reference_step import ReferenceStep
 
-DATA = DataSpec(32, 3, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), tuple("abcde"))
+# Small, for float64 takes its time.
+DATA = DataSpec(16, 3, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), tuple("abcde"))
 POOL = ("builtin:resnet10", "builtin:vgg_bn", "builtin:mobilenetv2", "builtin:shufflenetv2", "builtin:wrn16_2")
 
 
@@ -33,7 +34,7 @@ def test_loss_and_gradient_in_float64(names: tuple[str, ...]) -> None:
             if isinstance(layer, nn.BatchNorm2d):
                 layer.running_mean.normal_()
                 layer.running_var.uniform_(0.5, 2.0)
-    x, y = torch.randn(4, 3, 32, 32, dtype=torch.float64), torch.tensor([0, 1, 2, 3])
+    x, y = torch.randn(4, 3, 16, 16, dtype=torch.float64), torch.tensor([0, 1, 2, 3])
     options = RecoverOptions(r_bn=0.3)
     ours = LocalObjective(
         {name: Teacher(name, network, DATA, num_outputs=5) for name, network in pool.items()}, options
