@@ -91,6 +91,7 @@ class JobRun(Run):
                 name: [
                     spec.model_dump(mode="json", exclude={"weights"}) | {"arch": portable_arch(spec.arch)},
                     self.card(name).sha256,
+                    code_sha256(spec.arch),
                 ]
                 for name, spec in self.config.teachers.items()
             },
@@ -111,8 +112,7 @@ class JobRun(Run):
             "evaluate": self.config.evaluation(),
             "resources": self.config.resources.model_dump(mode="json", by_alias=True),
         }
-        networks = [*self.config.teachers.values(), *self.config.evaluate.students.values()]
-        code = [code_sha256(network.arch) for network in networks]
+        code = [code_sha256(network.arch) for network in self.config.evaluate.students.values()]
         return content_key(config, code, self.image_identity, self.ready.val.fingerprint)
 
 

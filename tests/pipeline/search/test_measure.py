@@ -98,6 +98,14 @@ def test_units_are_shared_by_what_determines_them(root, job) -> None:
     assert measure(str(root), job(BOTH, "recover.selection=per_step"), "00005-0").units_shared == 0
 
 
+def test_units_of_other_code_of_the_same_name_are_not_shared(root, job, monkeypatch) -> None:
+    from pipeline.search import measure as module
+
+    measure(str(root), job(), "00000-0")
+    monkeypatch.setattr(module, "code_sha256", lambda arch: "another")
+    assert measure(str(root), job(), "00001-0").units_shared == 0
+
+
 def test_shared_units_give_the_same_figures(root, job) -> None:
     words = (BOTH, "recover.r_bn=0.3")
     alone = measure(str(root), job(*words), "00000-0")
