@@ -19,12 +19,20 @@ from pipeline.config import Config
 from pipeline.plan import make_plan, with_sources
 from pipeline.preflight import Ready
 from stages.evaluate.baselines import random_real_uri
+from stages.evaluate.jobs import HARD_LABEL
 from stages.recover.unit import RecoverUnit
 from stages.relabel.unit import LabelUnit, plan_units
 from stages.teachers.card import TeacherCard, read_card
 from stages.teachers.options import TeacherSpec
 
 DISTILLED, RANDOM_REAL = "distilled", "random_real"
+
+
+def methods(config: Config) -> dict[str, str]:
+    """Name of every method whose students a run compares → the image set they are trained on."""
+    baselines = config.evaluate.baselines
+    found = {config.recipe: DISTILLED, RANDOM_REAL: RANDOM_REAL, HARD_LABEL: DISTILLED}
+    return {name: images for name, images in found.items() if name == config.recipe or name in baselines}
 
 
 @dataclass(frozen=True)

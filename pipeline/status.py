@@ -11,7 +11,7 @@ from cluster import storage
 from cluster.lease import PATIENCE_BEATS, read_holder
 from cluster.progress import read_progress
 from cluster.record import read_record
-from pipeline.context import RANDOM_REAL
+from pipeline.context import RANDOM_REAL, methods
 from pipeline.plan import plan_size
 from pipeline.rundir import read_run, read_seconds
 from pipeline.summary import SUMMARY_FILE
@@ -262,7 +262,7 @@ class _Reader:
         config, evaluate = self.config, self.config.evaluate
         return [
             student_id(method, student, evaluate.protocol.name, seed)
-            for method in (config.recipe, *evaluate.baselines)
+            for method in methods(config)
             for student in evaluate.students
             for seed in evaluate.seeds
         ]

@@ -11,13 +11,13 @@ from cluster.errors import UserError
 from cluster.progress import console
 from cluster.record import read_record
 from cluster.runner import ActorStage, Row
-from pipeline.context import DISTILLED, RANDOM_REAL, Run, raise_failures
+from pipeline.context import DISTILLED, RANDOM_REAL, Run, methods, raise_failures
 from pipeline.plan import save_plan
 from pipeline.summary import write_summary
 from pipeline.work import recover_work, relabel_work
 from stages.evaluate.baselines import random_real, random_real_uri
 from stages.evaluate.diversity import diversity_stage
-from stages.evaluate.jobs import HARD_LABEL, StudentJob, plan_jobs
+from stages.evaluate.jobs import StudentJob, plan_jobs
 from stages.evaluate.train import train_students
 from stages.evaluate.validate import read_results, validate_students
 from stages.recover import stage as recovery
@@ -122,14 +122,9 @@ def relabel(run: Run) -> None:
 def jobs_of(run: Run) -> list[StudentJob]:
     """All students of the run: the method's, then the baselines'."""
     config = run.config
-    methods = {config.recipe: DISTILLED}
-    if RANDOM_REAL in config.evaluate.baselines:
-        methods[RANDOM_REAL] = RANDOM_REAL
-    if HARD_LABEL in config.evaluate.baselines:
-        methods[HARD_LABEL] = DISTILLED
     return [
         job
-        for method, images in methods.items()
+        for method, images in methods(config).items()
         for job in plan_jobs(
             config.evaluate,
             method,
