@@ -45,6 +45,18 @@ class Chain:
         self.found[key] = result and result["value"]
 
 
+class Listed(Chain):
+    """The same, keeping whole results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.results: dict[Hashable, Any] = {}
+
+    def take(self, key: Hashable, result: dict[str, Any] | None) -> None:
+        self.results[key] = result
+        super().take(key, {"value": None})
+
+
 class Listener(Callback):
     """What an experiment tracker hears."""
 
@@ -123,6 +135,22 @@ def test_jobs_run_here(tmp_path: Path) -> None:
     jobs = Chain()
     run_here(make_work(str(tmp_path)), jobs)
     assert list(jobs.found) == [f"job-{number}" for number in range(4)]
+
+
+def test_what_raises_here_is_run_again_then_given_up() -> None:
+    starts: list[str] = []
+
+    def work(job: dict[str, Any]) -> dict[str, Any]:
+        starts.append(job["key"])
+        if job["x"] == 1 or (job["x"] == 2 and starts.count("job-2") == 1):
+            raise OSError(28, "No space left on device")
+        return {"value": job["x"]}
+
+    jobs = Listed()
+    run_here(work, jobs)
+    assert jobs.results["job-1"] == {"reason": "OSError: [Errno 28] No space left on device"}
+    assert [jobs.results[f"job-{number}"]["value"] for number in (0, 2, 3)] == [0, 2, 3]
+    assert [starts.count(f"job-{number}") for number in range(4)] == [1, 1 + RESTARTS, 2, 1]
 
 
 def test_halving_keeps_the_best_third() -> None:

@@ -208,6 +208,24 @@ def test_too_little_disk(prism, tiny_config, tmp_path, monkeypatch):
     assert nothing_written(tmp_path)
 
 
+def test_all_images_of_a_run_need_room(tiny_config, monkeypatch):
+    """The initial real ones and the baseline's take as much as the distilled ones."""
+    from pipeline import run
+    from pipeline.loading import load_config
+
+    seen = {}
+    monkeypatch.setattr(
+        run, "check_space", lambda config, planned, students: seen.update({p.folder: p for p in planned})
+    )
+    run.check(load_config(str(tiny_config())), serial=True)
+    images = [seen[folder].size for folder in ("recovered", "init", "baselines/random_real")]
+    assert images[0] == images[1] == images[2] > 0
+    seen.clear()
+    words = ["recover.init=noise", "evaluate.baselines=[]"]
+    run.check(load_config(str(tiny_config()), words), serial=True)
+    assert set(seen) == {"recovered", "labels/distilled"}
+
+
 def test_a_full_disk_is_enough_for_what_is_finished(prism, tiny_config, monkeypatch):
     from cluster import storage
 

@@ -87,6 +87,11 @@ def test_a_search_ends_with_a_configuration_that_gives_the_winners_figures(prism
     assert code == 0, err
     assert measured(out) == before
     assert table(out) == rows
+    # So does one that differs in what no trial depends on.
+    code, _, err = prism("search", config, "recover.checkpoint_every=3", "evaluate.seeds=[7]", "--serial")
+    assert code == 0, err
+    assert measured(out) == before
+    assert table(out) == rows
 
     report = out / "search" / "report.html"
     report.unlink()
