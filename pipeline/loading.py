@@ -25,7 +25,6 @@ RESERVED = {
     "recover.statistics",
     "recover.match",
     "recover.batch",
-    "recover.precision",
     "relabel.bn_mode",
     "relabel.store",
 }

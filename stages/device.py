@@ -18,7 +18,7 @@ def pick_device(gpu: bool) -> torch.device:
 
 
 @contextlib.contextmanager
-def reproducible(tf32: bool = True) -> Iterator[None]:
+def reproducible(tf32: bool | None = None) -> Iterator[None]:
     """cuDNN computes the same bytes from the same work on the same GPU.
 
     No timing-based choice among its algorithms, and none that adds in whatever order threads come. That goes for all
@@ -26,13 +26,13 @@ def reproducible(tf32: bool = True) -> Iterator[None]:
     backward pass of adaptive pooling to more than one pixel, of interpolation).
 
     Args:
-        tf32: False: full float32; True: as the process has it, where cuDNN uses TF32.
+        tf32: whether float32 products may round their factors to TF32; None: as the process has it, where cuDNN may.
     """
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32
     cudnn.benchmark, cudnn.deterministic = False, True
-    if not tf32:
-        cudnn.allow_tf32 = matmul.allow_tf32 = False
+    if tf32 is not None:
+        cudnn.allow_tf32 = matmul.allow_tf32 = tf32
     try:
         yield
     finally:

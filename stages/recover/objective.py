@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cluster.errors import RunError, UserError
+from stages.recover.compiled import CompiledTeacher
 from stages.recover.options import RecoverOptions
 
 if TYPE_CHECKING:
@@ -38,14 +39,20 @@ class _LayerDistance(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mean: Tensor, var: Tensor, var_weight: float) -> Tensor:
+        """Statistics in float32 at least, whatever the activations are."""
         n = x.numel() // x.shape[1]
-        # Two plain reductions: on CPUs torch.var_mean takes about ten times as long.
-        batch_mean = x.mean((0, 2, 3), keepdim=True)
-        batch_var = (x - batch_mean).square_().mean((0, 2, 3))
-        batch_mean = batch_mean.flatten()
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        # Both sums in one pass, of distances from the first image's mean: it is of this batch, so its square is at most
+        # about B times the variance, and the difference below loses a digit or two but never all of them. Not
+        # torch.var_mean, which takes about ten times as long on CPUs.
+        near = wide[:1].mean((0, 2, 3), keepdim=True)
+        apart = wide - near
+        offset = apart.mean((0, 2, 3))
+        batch_mean = near.flatten() + offset
+        batch_var = (apart.square_().mean((0, 2, 3)) - offset.square()).clamp_min(0)
         to_mean, to_var = batch_mean - mean, batch_var - var
         mean_norm, var_norm = torch.linalg.vector_norm(to_mean), torch.linalg.vector_norm(to_var)
-        tiny = torch.finfo(x.dtype).tiny
+        tiny = torch.finfo(wide.dtype).tiny
         slope = to_var * (2 * var_weight / n / var_norm.clamp_min(tiny))
         offset = to_mean / (n * mean_norm.clamp_min(tiny)) - slope * batch_mean
         ctx.save_for_backward(x, slope, offset)
@@ -55,7 +62,8 @@ class _LayerDistance(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         x, slope, offset = ctx.saved_tensors
         column = (1, -1, 1, 1)
-        return torch.addcmul((offset * grad).view(column), x, (slope * grad).view(column)), None, None, None
+        gradient = torch.addcmul((offset * grad).view(column), x, (slope * grad).view(column))
+        return gradient.to(x.dtype), None, None, None
 
 
 class _AllSeen(Exception):
@@ -73,7 +81,7 @@ class BNTap:
         name: for messages.
         teacher: frozen, in evaluation mode.
         example: images to find out, once, which layers run: [≥1, C, S, S] normalised.
-        options: weights of the terms.
+        options: weights of the terms, precision, and whether to compile.
 
     Raises:
         UserError: a BN layer runs twice in one forward pass.
@@ -82,6 +90,8 @@ class BNTap:
     def __init__(self, name: str, teacher: Teacher, example: Tensor, options: RecoverOptions):
         self.name, self.teacher = name, teacher
         self._first, self._var_weight = options.first_bn_multiplier, options.var_weight
+        self._bf16, self._compile = options.precision == "bf16", options.compile
+        self._compiled: dict[tuple[bool, bool], CompiledTeacher] = {}
         runs: dict[nn.Module, int] = {layer: 0 for layer in teacher.bn_layers}
 
         def count(layer: nn.Module, inputs: tuple[Tensor]) -> None:
@@ -105,20 +115,50 @@ class BNTap:
         # 0 where the only layer has no weight.
         self._of_all = whole if options.bn_norm == "per_teacher" and whole else None
 
-    def __call__(self, x: Tensor, logits: bool) -> tuple[Tensor | None, Tensor]:
+    def __call__(self, x: Tensor, logits: bool, statistics: bool = True) -> tuple[Tensor | None, Tensor]:
         """One forward pass.
 
         Args:
             x: normalised float [B, C, S, S].
             logits: run to the end; else stop at the input of the BN layer that runs last.
+            statistics: measure L_BN.
 
         Returns:
-            Logits [B, classes] (None where not wanted) and L_BN, a scalar (0 without BN layers).
+            Logits [B, classes] (None where not wanted) and L_BN, a scalar (0 without BN layers, or where not wanted);
+            float32, or float64 for a teacher of float64.
+
+        Raises:
+            RunError: the pass skipped a BN layer.
+            UserError: ``compile`` is on, and the teacher cannot be compiled.
         """
+        statistics = statistics and bool(self.layers)
+        out, terms = None, None
+        if logits or statistics:
+            forward = self._compiled_forward if self._compile else self._forward
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=self._bf16):
+                out, terms = forward(x, logits, statistics)
+        if out is not None:
+            out = out.to(torch.promote_types(out.dtype, torch.float32))
+        if terms is None:
+            return out, x.new_zeros(())
+        if self._of_layers is not None:
+            terms = terms / self._of_layers
+        total = terms.sum() + (self._first - 1) * terms[0]
+        return out, total if self._of_all is None else total / self._of_all
+
+    def _distance(self, layer: nn.BatchNorm2d, x: Tensor) -> Tensor:
+        """r_l for the input ``x`` of a layer."""
+        distance: Tensor = _LayerDistance.apply(x, layer.running_mean, layer.running_var, self._var_weight)
+        return distance
+
+    def _forward(self, x: Tensor, logits: bool, statistics: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Logits, and the distances r_l of ``layers``."""
+        if not statistics:
+            return self.teacher(x), None
         seen: dict[nn.Module, Tensor] = {}
 
-        def measure(layer: nn.Module, inputs: tuple[Tensor]) -> None:
-            seen[layer] = _LayerDistance.apply(inputs[0], layer.running_mean, layer.running_var, self._var_weight)
+        def measure(layer: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:
+            seen[layer] = self._distance(layer, inputs[0])
             if not logits and len(seen) == len(self.layers):
                 raise _AllSeen
 
@@ -126,18 +166,19 @@ class BNTap:
         with contextlib.ExitStack() as hooks:
             for layer in self.layers:
                 hooks.enter_context(layer.register_forward_pre_hook(measure))
-            if logits or self.layers:
-                with contextlib.suppress(_AllSeen):
-                    out = self.teacher(x)
+            with contextlib.suppress(_AllSeen):
+                out = self.teacher(x)
         if len(seen) < len(self.layers):
             raise RunError(f"teacher {self.name}: its forward pass skipped BatchNorm layers that ran before")
-        if not self.layers:
-            return out, x.new_zeros(())
-        terms = torch.stack([seen[layer] for layer in self.layers])
-        if self._of_layers is not None:
-            terms = terms / self._of_layers
-        total = terms.sum() + (self._first - 1) * terms[0]
-        return out, total if self._of_all is None else total / self._of_all
+        return out, torch.stack([seen[layer] for layer in self.layers])
+
+    def _compiled_forward(self, x: Tensor, logits: bool, statistics: bool) -> tuple[Tensor | None, Tensor | None]:
+        """As ``_forward``, in compiled code that is made at the first call."""
+        key = logits, statistics
+        if key not in self._compiled:
+            layers = self.layers if statistics else []
+            self._compiled[key] = CompiledTeacher(self.name, self.teacher, layers, self._distance, logits)
+        return self._compiled[key](x)
 
 
 def tap_teachers(
@@ -264,10 +305,7 @@ def recovery_loss(
     entropies: list[Tensor] = []
     distances: dict[str, Tensor] = {}
     for name in dict.fromkeys([*logit_names, *bn_names]):
-        if name in bn_names:
-            out, distances[name] = taps[name](x, logits=name in logit_names)
-        else:
-            out = taps[name].teacher(x)
+        out, distances[name] = taps[name](x, logits=name in logit_names, statistics=name in bn_names)
         if out is not None:
             entropies.append(F.cross_entropy(out, y))
     ce = torch.stack(entropies).mean()

@@ -57,6 +57,11 @@ class RecoverOptions(Frozen):
             to ``roll`` pixels in y and x.
         batch_augment: ``batch`` = one crop, flip and shift for the whole batch (as published); ``image`` = one
             for each image.
+        precision: ``fp32`` = the same bytes every time on the same machine; ``tf32`` = GPUs round the factors of their
+            products to 10 bits; ``bf16`` = teachers compute in bfloat16. Statistics, losses and pixels are float32 in
+            any case.
+        compile: run the teachers through ``torch.compile``: fewer passes over memory and less of it, for some minutes
+            at the first start on a machine (kept in its cache). Pixels differ in their last bits.
         checkpoint_every: keep a unit's state after every so many steps, so that it goes on from there when its worker
             is lost; 0: upon a notice of preemption only. Changes no result.
     """
@@ -82,6 +87,8 @@ class RecoverOptions(Frozen):
     flip: bool = True
     roll: int = Field(default=32, ge=0)
     batch_augment: Literal["batch", "image"] = "batch"
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    compile: bool = False
     checkpoint_every: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")

@@ -58,9 +58,12 @@ class TeacherPart:
         Raises:
             UserError: one runs twice in a forward pass.
         """
+        return len(self._tapped(example).layers)
+
+    def _tapped(self, example: NDArray[np.float32]) -> BNTap:
         if self._tap is None:
-            self._tap = BNTap(self._name, self._teacher, self._load(example), self._options)
-        return len(self._tap.layers)
+            self._tap = BNTap(self._name, self._teacher, self._load(example[:1]), self._options)
+        return self._tap
 
     def measure(
         self, batch: NDArray[np.float32], labels: NDArray[np.int64], ce_weight: float | None, bn_weight: float | None
@@ -73,16 +76,15 @@ class TeacherPart:
             ce_weight: of the cross-entropy; None: it is not wanted, and not computed.
             bn_weight: of L_BN, likewise.
         """
-        with reproducible(tf32=False):
+        with reproducible(tf32=self._options.precision == "tf32"):
             x = self._load(batch).requires_grad_()
             loss, ce, l_bn = x.new_zeros(()), None, None
-            if bn_weight is None:
-                logits = self._teacher(x)
-            else:
-                assert self._tap is not None, "layers comes first"
-                logits, l_bn = self._tap(x, logits=ce_weight is not None)
+            logits, distance = self._tapped(batch)(x, ce_weight is not None, bn_weight is not None)
+            if bn_weight is not None:
+                l_bn = distance
                 loss = loss + bn_weight * l_bn
             if ce_weight is not None:
+                assert logits is not None
                 ce = F.cross_entropy(logits, torch.from_numpy(np.array(labels)).to(x.device))
                 loss = loss + ce_weight * ce
             # A teacher without layers to match adds a constant.

@@ -91,8 +91,10 @@ class Teacher(nn.Module):
             is bilinear, antialiased when it shrinks.
         """
         if not self._same_size:
-            # As two products with fixed matrices, because their gradient sums in a fixed order on every device.
-            x = self.matrix @ x @ self.matrix.T
+            # As two products with fixed matrices, because their gradient sums in a fixed order on every device; in
+            # float32 whatever the network computes in.
+            with torch.autocast(x.device.type, enabled=False):
+                x = self.matrix @ x @ self.matrix.T
         return x if self._same_space else x * self.scale + self.shift
 
     def forward_full(self, x: Tensor) -> Tensor:

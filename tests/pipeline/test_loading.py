@@ -103,7 +103,7 @@ def test_identity_ignores_place_and_machine_but_not_method():
         ({"recover": {"selection": "round_robin"}}, ["round_robin", "bn_teachers"]),
         ({"recover": {"stagger": {"drop": 500, "modulo": 8}}}, ["stagger", "leaves none"]),
         ({"recover": {"statistics": "class"}}, ["recover.statistics", "reserved"]),
-        ({"recover": {"precision": "fp32"}}, ["recover.precision", "reserved"]),
+        ({"recover": {"precision": "fp16"}}, ["recover.precision: 'fp16'", "fp32", "bf16"]),
         ({"recover": {"ipc": True}}, ["recover.ipc: True", "integer"]),
         ({"recover": {"ipc": "10"}}, ["recover.ipc: '10'", "integer"]),
         ({"recover": {"flip": "no"}}, ["recover.flip: 'no'", "boolean"]),

@@ -224,7 +224,10 @@ def callers_flags() -> Iterator[list[bool]]:
         setattr(holder, name, value)
 
 
-def test_float32_is_full_and_reproducible_while_it_lasts(teachers: dict[str, Any], callers_flags: list[bool]) -> None:
+@pytest.mark.parametrize(("precision", "tf32"), [("fp32", False), ("tf32", True), ("bf16", False)])
+def test_precision_is_as_asked_and_reproducible_while_it_lasts(
+    teachers: dict[str, Any], callers_flags: list[bool], precision: str, tf32: bool
+) -> None:
     """Whatever the caller's settings, which are theirs again afterwards, after an error too."""
     seen: list[list[bool]] = []
 
@@ -234,8 +237,8 @@ def test_float32_is_full_and_reproducible_while_it_lasts(teachers: dict[str, Any
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        recover_unit(unit(), images(), teachers, RecoverOptions(), DATA, "cpu", on_step=look)
-    assert seen == [[False, True, False, False]] * 2
+        recover_unit(unit(), images(), teachers, RecoverOptions(precision=precision), DATA, "cpu", on_step=look)
+    assert seen == [[False, True, tf32, tf32]] * 2
     assert [getattr(holder, name) for holder, name in FLAGS] == callers_flags
 
 
