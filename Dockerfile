@@ -2,8 +2,8 @@
 #   docker build -t REGISTRY/prism:0.1.0 . && docker push REGISTRY/prism:0.1.0
 FROM python:3.11-slim
 
-# KubeRay's probes and the job submitter call wget; bash is there.
-RUN apt-get update && apt-get install -y --no-install-recommends wget && rm -rf /var/lib/apt/lists/*
+# KubeRay's probes and the job submitter call wget; recover.compile wants a compiler; bash is there.
+RUN apt-get update && apt-get install -y --no-install-recommends wget g++ && rm -rf /var/lib/apt/lists/*
 
 # Into the system's Python, not a venv: KubeRay starts Ray in a login shell, which forgets PATH.
 WORKDIR /opt/prism

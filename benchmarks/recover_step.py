@@ -36,7 +36,7 @@ from stages.recover.core import recover_unit
 from stages.recover.objective import LocalObjective
 from stages.recover.options import RecoverOptions
 from stages.recover.unit import RecoverUnit
-from stages.teachers.build import build_network
+from stages.teachers.build import build_network, memory_format
 from stages.teachers.options import TeacherSpec
 from stages.teachers.teacher import Teacher
 
@@ -94,11 +94,10 @@ def make_way(name: str, case: Case, device: torch.device) -> Way:
         y = torch.arange(case.images, device=device)
         low, high = data.valid_range(x)
         return lambda: reference.optimise(x, y, case.steps, options.lr, low, high, options.roll)
-    layout = torch.contiguous_format if name == "once" else torch.channels_last
-    teachers = {
-        arch: Teacher(arch, network, data, num_outputs=case.classes).to(memory_format=layout)
-        for arch, network in pool.items()
-    }
+    teachers = {}
+    for arch, network in pool.items():
+        layout = torch.contiguous_format if name == "once" else memory_format(network)
+        teachers[arch] = Teacher(arch, network, data, num_outputs=case.classes).to(memory_format=layout)
     unit = RecoverUnit(
         ipc=0, chunk=0, classes=list(range(case.images)), logit_teachers=list(pool)[:1], bn_teachers=list(pool),
         iterations=case.steps, seed=0,

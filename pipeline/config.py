@@ -33,6 +33,7 @@ NOT_IDENTITY = [
     ("evaluate", "students"),
     ("evaluate", "seeds"),
     ("evaluate", "baselines"),
+    ("evaluate", "draws"),
     # Students carry their own content hash and the protocol's name.
     ("evaluate", "protocol"),
 ]

@@ -18,7 +18,7 @@ from cluster.shards import labels_of
 from pipeline.config import Config
 from pipeline.plan import make_plan, with_sources
 from pipeline.preflight import Ready
-from stages.evaluate.baselines import random_real_uri
+from stages.evaluate.baselines import random_real_set
 from stages.evaluate.jobs import HARD_LABEL
 from stages.recover.unit import RecoverUnit
 from stages.relabel.unit import LabelUnit, plan_units
@@ -28,11 +28,14 @@ from stages.teachers.options import TeacherSpec
 DISTILLED, RANDOM_REAL = "distilled", "random_real"
 
 
-def methods(config: Config) -> dict[str, str]:
-    """Name of every method whose students a run compares → the image set they are trained on."""
-    baselines = config.evaluate.baselines
-    found = {config.recipe: DISTILLED, RANDOM_REAL: RANDOM_REAL, HARD_LABEL: DISTILLED}
-    return {name: images for name, images in found.items() if name == config.recipe or name in baselines}
+def baseline_title(draw: int) -> str:
+    """Title, and name of the record, of labelling a draw of random real images."""
+    return f"baseline {draw}" if draw else "baseline"
+
+
+def methods(config: Config) -> list[str]:
+    """Name of every method whose students a run compares."""
+    return [config.recipe] + [name for name in (RANDOM_REAL, HARD_LABEL) if name in config.evaluate.baselines]
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ class Run:
 
     def images_uri(self, name: str) -> str:
         """Folder of an image set: the distilled one or a baseline's."""
-        return storage.join(self.out, "recovered") if name == DISTILLED else random_real_uri(self.out)
+        return storage.join(self.out, *(["recovered"] if name == DISTILLED else ["baselines", name]))
 
     def labels_uri(self, name: str) -> str:
         """Folder of an image set's label shards."""
@@ -132,7 +135,7 @@ class Run:
     @cached_property
     def image_sets(self) -> list[str]:
         """Image sets that are labelled."""
-        return [DISTILLED] + ([RANDOM_REAL] if RANDOM_REAL in self.config.evaluate.baselines else [])
+        return [DISTILLED] + [random_real_set(draw) for draw in self.config.evaluate.real_draws]
 
     def drive(
         self,

@@ -35,7 +35,7 @@ def class_count(config: Config) -> int:
 def cost(config: Config, units: Sequence[RecoverUnit], networks: dict[str, NetworkFacts], num_classes: int) -> Estimate:
     """Estimate of a plan."""
     labels = label_bytes(config.recover.ipc * num_classes, num_classes, config.relabel.epochs)
-    sets = 1 + ("random_real" in config.evaluate.baselines)
+    sets = 1 + len(config.evaluate.real_draws)
     return estimate(config, units, {name: facts.flops for name, facts in networks.items()}, labels * sets)
 
 

@@ -13,7 +13,7 @@ from cluster.runner import ActorStage, fit_pools, run_ray, run_serial
 from cluster.session import ray_session
 from pipeline import rundir
 from pipeline.config import Config
-from pipeline.context import DISTILLED, RANDOM_REAL, Run
+from pipeline.context import DISTILLED, Run
 from pipeline.describe import cost, print_plan, results_table
 from pipeline.paths import absolute
 from pipeline.preflight import Planned, check_space, preflight
@@ -63,9 +63,8 @@ def check(config: Config, *, serial: bool) -> Run:
     planned = [Planned(f"labels/{name}", shards, found.label_bytes // len(sets)) for name in sets]
     folders = ["recovered", "init"] if config.recover.init == "real" else ["recovered"]
     planned += [Planned(folder, len(run.units), found.image_bytes) for folder in folders]
-    if RANDOM_REAL in sets:
-        # A shard for every one of the real data that it has images of, in one go.
-        planned.append(Planned("baselines/random_real", 1, found.image_bytes))
+    # A shard for every one of the real data that it has images of, in one go.
+    planned += [Planned(f"baselines/{name}", 1, found.image_bytes) for name in sets if name != DISTILLED]
     check_space(config, planned, ready.students)
     return run
 

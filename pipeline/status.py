@@ -11,10 +11,11 @@ from cluster import storage
 from cluster.lease import PATIENCE_BEATS, read_holder
 from cluster.progress import read_progress
 from cluster.record import read_record
-from pipeline.context import RANDOM_REAL, methods
+from pipeline.context import baseline_title, methods
 from pipeline.plan import plan_size
 from pipeline.rundir import read_run, read_seconds
 from pipeline.summary import SUMMARY_FILE
+from stages.evaluate.baselines import random_real_set
 from stages.evaluate.jobs import student_id
 from stages.teachers.card import CARD_FILE
 
@@ -155,7 +156,6 @@ PARTS = [
     _Part("squeeze", "teachers", "squeeze", None, has_tasks=True),
     _Part("recover", "units", "recover", "recovered", has_tasks=True),
     _Part("relabel", "label shards", "relabel", "labels/distilled"),
-    _Part("baseline", "label shards", "baseline", "labels/random_real"),
     _Part("evaluate", "students", "train_students", "eval", ".json", has_tasks=True),
 ]
 
@@ -171,9 +171,12 @@ class _Reader:
         self.out, self.config = out, read_run(out)
         self.driver = read_driver(out)
         self.alive = self.driver is not None and self.driver.alive
-        wanted = [p for p in PARTS if p.name != "baseline" or RANDOM_REAL in self.config.evaluate.baselines]
-        self.records = {part.name: read_record(self._tasks_uri(part)) for part in wanted}
-        self.parts = wanted
+        baselines = [
+            _Part(baseline_title(draw), "label shards", baseline_title(draw), f"labels/{random_real_set(draw)}")
+            for draw in self.config.evaluate.real_draws
+        ]
+        self.parts = [*PARTS[:-1], *baselines, PARTS[-1]]
+        self.records = {part.name: read_record(self._tasks_uri(part)) for part in self.parts}
         begun = [(record.updated, name) for name, record in self.records.items() if record and not record.ended]
         self.current = max(begun)[1] if self.alive and begun else None
         self.teachers = [
@@ -229,11 +232,11 @@ class _Reader:
         )
 
     def _wall_seconds(self, name: str) -> float:
-        record, baseline = self.records[name], self.records.get("baseline")
-        timed = self.seconds.get(name, 0.0)
-        if name == "relabel" and baseline:
-            # One stage labels both.
-            timed -= baseline.seconds
+        record, timed = self.records[name], self.seconds.get(name, 0.0)
+        if name == "relabel":
+            # One stage labels all image sets.
+            baselines = [self.records[baseline_title(draw)] for draw in self.config.evaluate.real_draws]
+            timed -= sum(baseline.seconds for baseline in baselines if baseline)
         return max(timed, record.seconds if record else 0.0)
 
     def _planned(self, part: _Part) -> int | None:

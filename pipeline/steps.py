@@ -11,11 +11,11 @@ from cluster.errors import UserError
 from cluster.progress import console
 from cluster.record import read_record
 from cluster.runner import ActorStage, Row
-from pipeline.context import DISTILLED, RANDOM_REAL, Run, methods, raise_failures
+from pipeline.context import DISTILLED, RANDOM_REAL, Run, baseline_title, methods, raise_failures
 from pipeline.plan import save_plan
 from pipeline.summary import write_summary
 from pipeline.work import recover_work, relabel_work
-from stages.evaluate.baselines import random_real, random_real_uri
+from stages.evaluate.baselines import random_real, random_real_set, random_real_uri
 from stages.evaluate.diversity import diversity_stage
 from stages.evaluate.jobs import StudentJob, plan_jobs
 from stages.evaluate.train import train_students
@@ -99,7 +99,7 @@ def relabel_stages(run: Run, name: str, identity: str) -> list[ActorStage]:
 def relabel(run: Run) -> None:
     """Label the views of the distilled images, and of the baseline's."""
     config, data = run.config, run.ready.data
-    if RANDOM_REAL in run.image_sets:
+    for draw in config.evaluate.real_draws:
         rows = random_real(
             run.out,
             run.ready.train.uri,
@@ -108,12 +108,13 @@ def relabel(run: Run) -> None:
             config.seed,
             config.resources.relabel,
             run.runner,
+            draw,
         )
-        raise_failures("random_real", rows)
-    for name in run.image_sets:
+        raise_failures(random_real_set(draw), rows)
+    titles = ["relabel"] + [f"  {baseline_title(draw)}" for draw in config.evaluate.real_draws]
+    for name, title in zip(run.image_sets, titles, strict=True):
         work = relabel_work(run, name)
         rows = relabelling.relabel_rows(work.pending())
-        title = "relabel" if name == DISTILLED else "  baseline"
         stages = relabel_stages(run, name, run.label_identity)
         with work.ledger:
             run.drive(title, rows, stages, "shards", len(work.units), work.keep)
@@ -121,22 +122,25 @@ def relabel(run: Run) -> None:
 
 def jobs_of(run: Run) -> list[StudentJob]:
     """All students of the run: the method's, then the baselines'."""
-    config = run.config
-    return [
-        job
-        for method, images in methods(config).items()
-        for job in plan_jobs(
-            config.evaluate,
-            method,
-            recipe=config.recipe,
-            images_uri=run.images_uri(images),
-            labels_uri=run.labels_uri(images),
-            epochs=config.relabel.epochs,
-            ipc=config.recover.ipc,
-            inputs_sha=f"{run.label_identity}-{run.ready.val.fingerprint}",
-            workers=config.resources.evaluate.workers,
-        )
-    ]
+    config, evaluate = run.config, run.config.evaluate
+    jobs = []
+    for method in methods(config):
+        draws = evaluate.real_draws if method == RANDOM_REAL else {0: evaluate.seeds}
+        for draw, seeds in draws.items():
+            images = random_real_set(draw) if method == RANDOM_REAL else DISTILLED
+            jobs += plan_jobs(
+                evaluate.model_copy(update={"seeds": seeds}),
+                method,
+                recipe=config.recipe,
+                images_uri=run.images_uri(images),
+                labels_uri=run.labels_uri(images),
+                epochs=config.relabel.epochs,
+                ipc=config.recover.ipc,
+                inputs_sha=f"{run.label_identity}-{run.ready.val.fingerprint}",
+                workers=config.resources.evaluate.workers,
+                draw=draw,
+            )
+    return jobs
 
 
 def evaluate(run: Run) -> None:

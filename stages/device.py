@@ -26,13 +26,14 @@ def reproducible(tf32: bool | None = None) -> Iterator[None]:
     backward pass of adaptive pooling to more than one pixel, of interpolation).
 
     Args:
-        tf32: whether float32 products may round their factors to TF32; None: as the process has it, where cuDNN may.
+        tf32: whether convolutions may round float32 factors to TF32, other products not; None: as the process has it.
     """
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32
     cudnn.benchmark, cudnn.deterministic = False, True
     if tf32 is not None:
-        cudnn.allow_tf32 = matmul.allow_tf32 = tf32
+        # Pixels are cropped and resized by matrix products, which stay exact.
+        cudnn.allow_tf32, matmul.allow_tf32 = tf32, False
     try:
         yield
     finally:

@@ -22,12 +22,19 @@ from stages.images import encode_png
 from stages.recover.sources import SourceReader
 
 
-def random_real_uri(out_uri: str) -> str:
-    """Folder of the baseline's images, readable as the recovered ones are."""
-    return storage.join(out_uri, "baselines", "random_real")
+def random_real_set(draw: int) -> str:
+    """Name of a draw's image set: ``random_real``, ``random_real-1``, …"""
+    return f"random_real-{draw}" if draw else "random_real"
 
 
-def choose_real(labels: Sequence[ArrayLike], num_classes: int, ipc: int, seed: int) -> list[list[tuple[int, int]]]:
+def random_real_uri(out_uri: str, draw: int = 0) -> str:
+    """Folder of a draw's images, readable as the recovered ones are."""
+    return storage.join(out_uri, "baselines", random_real_set(draw))
+
+
+def choose_real(
+    labels: Sequence[ArrayLike], num_classes: int, ipc: int, seed: int, draw: int = 0
+) -> list[list[tuple[int, int]]]:
     """Choose real images, without repeats within a class.
 
     Args:
@@ -35,6 +42,7 @@ def choose_real(labels: Sequence[ArrayLike], num_classes: int, ipc: int, seed: i
         num_classes: K.
         ipc: images per class.
         seed: of the run.
+        draw: number of the draw.
 
     Returns:
         For each class its ``ipc`` (shard, row) pairs.
@@ -48,7 +56,7 @@ def choose_real(labels: Sequence[ArrayLike], num_classes: int, ipc: int, seed: i
         count = images.count(label)
         if count < ipc:
             raise UserError(f"data: class {label} has {count} images, fewer than ipc = {ipc}; lower ipc or add images")
-        chosen.append(images.draw(label, ipc, seed, "random_real"))
+        chosen.append(images.draw(label, ipc, seed, random_real_set(draw)))
     return chosen
 
 
@@ -101,8 +109,9 @@ def random_real(
     seed: int,
     resources: ActorResources,
     runner: Runner,
+    draw: int = 0,
 ) -> list[Row]:
-    """Write ``baselines/random_real/part-IIIII.parquet``; IIIII = index of the real shard of its images.
+    """Write ``part-IIIII.parquet`` of a draw's image set; IIIII = index of the real shard of its images.
 
     Args:
         out_uri: the run directory.
@@ -112,6 +121,7 @@ def random_real(
         seed: of the run.
         resources: of the actor pool; its GPUs are left to others.
         runner: serial or Ray.
+        draw: number of the draw.
 
     Returns:
         A row for every shard written now, with ``error`` where it failed; shards already there are kept.
@@ -120,10 +130,18 @@ def random_real(
         UserError: no dataset there, or a class with fewer images than ``ipc``.
     """
     dataset = shards.load_dataset(dataset_uri, "data.train")
-    folder = random_real_uri(out_uri)
-    content = [dataset.fingerprint, data.image_size, data.channels, list(data.class_names), ipc, seed]
+    folder = random_real_uri(out_uri, draw)
+    content = [
+        dataset.fingerprint,
+        data.image_size,
+        data.channels,
+        list(data.class_names),
+        ipc,
+        seed,
+        *([draw] if draw else []),
+    ]
     content_sha = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    chosen = choose_real(shards.labels_of(dataset), data.num_classes, ipc, seed)
+    chosen = choose_real(shards.labels_of(dataset), data.num_classes, ipc, seed, draw)
     parts: dict[int, list[tuple[int, int]]] = {}
     for label, pairs in enumerate(chosen):
         for index, (shard, row) in enumerate(pairs):
@@ -149,6 +167,6 @@ def random_real(
     }
     # Decoding and encoding alone.
     resources = resources.model_copy(update={"gpus": 0})
-    records = storage.join(out_uri, "progress", "starts", "random_real")
+    records = storage.join(out_uri, "progress", "starts", random_real_set(draw))
     attempts = Attempts(records, uuid.uuid4().hex, "lower resources.relabel.actors")
     return list(runner(rows, [ActorStage("random_real", CopyStage, kwargs, resources, attempts)]))

@@ -37,6 +37,7 @@ class StudentJob(Frozen):
         ipc: images per class.
         inputs_sha: hash of all that determined images and labels.
         workers: that train it together; each takes its BN statistics from its own share of a batch.
+        draw: of random real images.
     """
 
     method: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
@@ -52,6 +53,7 @@ class StudentJob(Frozen):
     ipc: int = Field(ge=1)
     inputs_sha: str
     workers: int = Field(default=1, ge=1)
+    draw: int = Field(default=0, ge=0)
 
     @property
     def id(self) -> str:
@@ -63,6 +65,9 @@ class StudentJob(Frozen):
         """Hash of what the result depends on: everything but the places of the run and of a user's code."""
         content = self.model_dump(mode="json", exclude={"images_uri", "labels_uri"})
         content["network"]["arch"] = portable_arch(self.network.arch)
+        # What it was before there were several draws stays valid.
+        if not self.draw:
+            del content["draw"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -82,6 +87,7 @@ def plan_jobs(
     ipc: int,
     inputs_sha: str,
     workers: int = 1,
+    draw: int = 0,
 ) -> list[StudentJob]:
     """Jobs of one method: every student with every seed.
 
@@ -105,6 +111,7 @@ def plan_jobs(
             ipc=ipc,
             inputs_sha=inputs_sha,
             workers=workers,
+            draw=draw,
         )
         for name, network in options.students.items()
         for seed in options.seeds

@@ -56,9 +56,19 @@ class EvaluateOptions(Frozen):
         baselines: ``random_real`` = random real images, same IPC, same labelling and protocol;
             ``hard_label`` = the distilled images with their hard labels alone (loss ``ce`` on the same
             views), otherwise the same protocol.
+        draws: of random real images, each with labels of its own: the students of ``seeds`` take turns, the k-th is
+            trained on draw k mod ``draws``. With one for all, the baseline is as good or bad as that draw.
     """
 
     students: dict[StudentName, NetworkSpec] = {}
     seeds: list[int] = [0, 1, 2]
     protocol: Protocol = Protocol()
     baselines: list[Literal["random_real", "hard_label"]] = ["random_real", "hard_label"]
+    draws: int = Field(default=1, ge=1)
+
+    @property
+    def real_draws(self) -> dict[int, list[int]]:
+        """Draw of the baseline ``random_real`` → seeds of its students; empty without the baseline."""
+        if "random_real" not in self.baselines:
+            return {}
+        return {draw: self.seeds[draw :: self.draws] for draw in range(min(self.draws, len(self.seeds)))}

@@ -7,23 +7,30 @@ backward pass needs beside the inputs of the BN layers, it computes again instea
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import os
+import shutil
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
 
-from cluster.errors import UserError
+from cluster.errors import RunError, TransientError, UserError, first_line
+from stages.teachers.build import memory_format
 
 if TYPE_CHECKING:
     from stages.teachers.teacher import Teacher
 
+OFF = "or set recover.compile=false and choose another out"
+
 
 class CompiledTeacher:
-    """A compiled function [B, C, S, S] → (logits or None, distances [layers] or None).
+    """A compiled function [B, C, S, S] → (logits or None, distances [layers] or None); see ``compiling`` for errors.
+
+    It compiles at the first call, and at the first with images of another shape.
 
     Args:
         name: for messages.
@@ -31,6 +38,10 @@ class CompiledTeacher:
         layers: BN layers of it that each forward pass runs once.
         distance: (layer, its input) → scalar.
         logits: whether they are wanted.
+        example: images to try it out with, [1, C, S, S].
+
+    Raises:
+        UserError: the network does not work as a copy.
     """
 
     def __init__(
@@ -40,11 +51,10 @@ class CompiledTeacher:
         layers: Sequence[nn.BatchNorm2d],
         distance: Callable[[nn.BatchNorm2d, Tensor], Tensor],
         logits: bool,
+        example: Tensor,
     ):
-        self._name = name
         # A network with hooks for good, because compiled code keeps those that it was made with; the same weights.
         memo: dict[int, object] = {id(tensor): tensor for tensor in (*teacher.parameters(), *teacher.buffers())}
-        network = copy.deepcopy(teacher, memo)
         seen: dict[int, Tensor] = {}
 
         def measure_as(index: int) -> Callable[[nn.BatchNorm2d, tuple[Tensor]], None]:
@@ -53,33 +63,88 @@ class CompiledTeacher:
 
             return measure
 
-        for index, layer in enumerate(layers):
-            tapped = memo[id(layer)]
-            assert isinstance(tapped, nn.BatchNorm2d)
-            tapped.register_forward_pre_hook(measure_as(index))
+        try:
+            network = copy.deepcopy(teacher, memo)
+            for index, layer in enumerate(layers):
+                tapped = memo[id(layer)]
+                assert isinstance(tapped, nn.BatchNorm2d)
+                tapped.register_forward_pre_hook(measure_as(index))
+            with torch.no_grad():
+                network(example)
+            if len(seen) != len(layers):
+                raise ValueError("its copy does not run its own layers")
+            seen.clear()
+        except Exception as error:
+            raise UserError(
+                f"recover.compile: teacher {name} cannot be copied ({first_line(error)}); mend it, {OFF}"
+            ) from None
         count = len(layers)
 
         def run(x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+            # Empty before and after, or torch would compile once for each. Before: the last pass may have failed.
             seen.clear()
             out = network(x)
             terms = torch.stack([seen[index] for index in range(count)]) if count else None
+            seen.clear()
             return out if logits else None, terms
 
         # torch counts recompilations by code object, and gives up after a few: each teacher has one of its own.
         own = types.FunctionType(run.__code__.replace(), run.__globals__, run.__name__, None, run.__closure__)
-        self._run = torch.compile(own, dynamic=False)
+        options: dict[str, str | int | bool | Callable[..., object]] = {
+            # No choice among kernels by their time, for they add in different orders.
+            "deterministic": True,
+            "shape_padding": False,
+            # Where channels last are not safe, see ``memory_format``.
+            "layout_optimization": memory_format(teacher.network) == torch.channels_last,
+        }
+        # As a whole or not at all: what runs between two parts of a network would not be compiled, and which parts are
+        # would depend on what the process did before.
+        self._run = torch.compile(own, dynamic=False, fullgraph=True, options=options)
 
     def __call__(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Compiles at the first call, and at the first with images of another shape.
+        """Logits and distances."""
+        return self._run(x)  # type: ignore[no-any-return]
 
-        Raises:
-            UserError: it cannot be compiled.
-        """
-        try:
-            return self._run(x)  # type: ignore[no-any-return]
-        except TorchDynamoException as error:
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise UserError(
-                f"recover.compile: torch.compile does not take teacher {self._name} ({reason.strip()}); set "
-                "recover.compile=false"
+
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """For a body that calls compiled teachers and their backward passes, which compile at their first call too.
+
+    Raises:
+        UserError: a teacher's code is such that it cannot be compiled.
+        TransientError: the machine did not get it done.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # Here, because this part of torch takes seconds to import, and few runs need it.
+        from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+
+        if not isinstance(error, TorchDynamoException):
+            raise
+        if isinstance(error, BackendCompilerFailed):
+            reason = first_line(getattr(error, "inner_exception", error))
+            raise TransientError(
+                f"recover.compile: a teacher did not get compiled here ({reason}); mend it, {OFF}"
             ) from error
+        raise UserError(
+            f"recover.compile: a teacher cannot be compiled ({first_line(error)}); mend it, {OFF}"
+        ) from error
+
+
+def prepare_compiler(device: torch.device) -> None:
+    """To be called once by a process that will compile: no more compilers at a time than it has threads.
+
+    Args:
+        device: where the teachers are.
+
+    Raises:
+        RunError: the machine has no compiler.
+    """
+    # On GPUs Triton makes the kernels, and wants a C compiler for what calls them.
+    names = ("CC", "gcc", "clang", "cc") if device.type == "cuda" else ("CXX", "g++", "clang++", "c++")
+    if not any(shutil.which(name) for name in (os.environ.get(names[0]) or names[1], *names[1:])):
+        raise RunError(f"recover.compile: this machine has no compiler ({names[1]}); install one, {OFF}")
+    from torch._inductor import config
+
+    config.compile_threads = max(1, torch.get_num_threads())

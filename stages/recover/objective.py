@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cluster.errors import RunError, UserError
-from stages.recover.compiled import CompiledTeacher
+from stages.recover.compiled import CompiledTeacher, compiling
 from stages.recover.options import RecoverOptions
 
 if TYPE_CHECKING:
@@ -42,19 +42,19 @@ class _LayerDistance(torch.autograd.Function):
         """Statistics in float32 at least, whatever the activations are."""
         n = x.numel() // x.shape[1]
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        # Both sums in one pass, of distances from the first image's mean: it is of this batch, so its square is at most
-        # about B times the variance, and the difference below loses a digit or two but never all of them. Not
-        # torch.var_mean, which takes about ten times as long on CPUs.
-        near = wide[:1].mean((0, 2, 3), keepdim=True)
+        # Both sums in one pass, of distances from the mean of some eight of the images: these are of this batch, so the
+        # square of how far they are from its mean is at most about eight times the variance, and the difference below
+        # keeps its digits. Not torch.var_mean, which takes about ten times as long on CPUs.
+        near = wide[:: max(1, len(wide) // 8)].mean((0, 2, 3), keepdim=True)
         apart = wide - near
-        offset = apart.mean((0, 2, 3))
-        batch_mean = near.flatten() + offset
-        batch_var = (apart.square_().mean((0, 2, 3)) - offset.square()).clamp_min(0)
+        rest = apart.mean((0, 2, 3))
+        batch_mean = near.flatten() + rest
+        batch_var = (apart.square_().mean((0, 2, 3)) - rest.square()).clamp_min(0)
         to_mean, to_var = batch_mean - mean, batch_var - var
         mean_norm, var_norm = torch.linalg.vector_norm(to_mean), torch.linalg.vector_norm(to_var)
         tiny = torch.finfo(wide.dtype).tiny
-        slope = to_var * (2 * var_weight / n / var_norm.clamp_min(tiny))
-        offset = to_mean / (n * mean_norm.clamp_min(tiny)) - slope * batch_mean
+        slope = (to_var / var_norm.clamp_min(tiny)) * (2 * var_weight / n)
+        offset = to_mean / mean_norm.clamp_min(tiny) / n - slope * batch_mean
         ctx.save_for_backward(x, slope, offset)
         return mean_norm + var_weight * var_norm
 
@@ -90,7 +90,7 @@ class BNTap:
     def __init__(self, name: str, teacher: Teacher, example: Tensor, options: RecoverOptions):
         self.name, self.teacher = name, teacher
         self._first, self._var_weight = options.first_bn_multiplier, options.var_weight
-        self._bf16, self._compile = options.precision == "bf16", options.compile
+        self._bf16, self._compile, self._example = options.precision == "bf16", options.compile, example[:1].detach()
         self._compiled: dict[tuple[bool, bool], CompiledTeacher] = {}
         runs: dict[nn.Module, int] = {layer: 0 for layer in teacher.bn_layers}
 
@@ -129,13 +129,13 @@ class BNTap:
 
         Raises:
             RunError: the pass skipped a BN layer.
-            UserError: ``compile`` is on, and the teacher cannot be compiled.
+            UserError, TransientError: ``compile`` is on, and the teacher cannot be compiled.
         """
         statistics = statistics and bool(self.layers)
         out, terms = None, None
         if logits or statistics:
             forward = self._compiled_forward if self._compile else self._forward
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=self._bf16):
+            with compiling(), torch.autocast(x.device.type, torch.bfloat16, enabled=self._bf16):
                 out, terms = forward(x, logits, statistics)
         if out is not None:
             out = out.to(torch.promote_types(out.dtype, torch.float32))
@@ -177,7 +177,9 @@ class BNTap:
         key = logits, statistics
         if key not in self._compiled:
             layers = self.layers if statistics else []
-            self._compiled[key] = CompiledTeacher(self.name, self.teacher, layers, self._distance, logits)
+            self._compiled[key] = CompiledTeacher(
+                self.name, self.teacher, layers, self._distance, logits, self._example
+            )
         return self._compiled[key](x)
 
 
@@ -187,13 +189,17 @@ def tap_teachers(
     bn_names: Sequence[str],
     example: Tensor,
     options: RecoverOptions,
+    known: Mapping[str, BNTap] | None = None,
 ) -> dict[str, BNTap]:
-    """A tap for every teacher in use.
+    """A tap for every teacher in use, after those that are known.
 
     Raises:
         UserError: a BN teacher has no BatchNorm layer that runs, and ``allow_null_bn`` is off.
     """
-    taps = {name: BNTap(name, teachers[name], example, options) for name in dict.fromkeys([*logit_names, *bn_names])}
+    taps = dict(known or {})
+    for name in dict.fromkeys([*logit_names, *bn_names]):
+        if name not in taps:
+            taps[name] = BNTap(name, teachers[name], example, options)
     for name in bn_names:
         check_layers(name, len(taps[name].layers), options)
     return taps
@@ -270,14 +276,16 @@ class LocalObjective:
 
     def prepare(self, logit_names: Sequence[str], bn_names: Sequence[str], example: Tensor) -> None:
         """See ``Objective``."""
-        self._taps = tap_teachers(self._teachers, logit_names, bn_names, example, self._options)
+        # Kept for later units: compiled code belongs to a tap.
+        self._taps = tap_teachers(self._teachers, logit_names, bn_names, example, self._options, self._taps)
 
     def step(self, x: Tensor, y: Tensor, logit_names: Sequence[str], bn_names: Sequence[str]) -> Measured:
         """See ``Objective``."""
         x = x.detach().requires_grad_()
         loss, ce, l_bn = recovery_loss(x, y, self._taps, logit_names, bn_names, self._options)
         # The gradient of the batch alone, whatever the teachers' own flags say.
-        (gradient,) = torch.autograd.grad(loss, [x])
+        with compiling():
+            (gradient,) = torch.autograd.grad(loss, [x])
         return Measured(loss.detach(), ce.detach(), {name: v.detach() for name, v in l_bn.items()}, gradient)
 
 

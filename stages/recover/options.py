@@ -57,11 +57,11 @@ class RecoverOptions(Frozen):
             to ``roll`` pixels in y and x.
         batch_augment: ``batch`` = one crop, flip and shift for the whole batch (as published); ``image`` = one
             for each image.
-        precision: ``fp32`` = the same bytes every time on the same machine; ``tf32`` = GPUs round the factors of their
-            products to 10 bits; ``bf16`` = teachers compute in bfloat16. Statistics, losses and pixels are float32 in
-            any case.
+        precision: ``fp32`` = the same bytes every time on the same machine; ``tf32`` = GPUs round the factors of
+            convolutions to 10 bits; ``bf16`` = teachers compute in bfloat16. Statistics, losses and pixels are float32
+            in any case.
         compile: run the teachers through ``torch.compile``: fewer passes over memory and less of it, for some minutes
-            at the first start on a machine (kept in its cache). Pixels differ in their last bits.
+            of compiling at the start of every worker. Pixels differ in their last bits.
         checkpoint_every: keep a unit's state after every so many steps, so that it goes on from there when its worker
             is lost; 0: upon a notice of preemption only. Changes no result.
     """

@@ -14,6 +14,7 @@ from cluster import preemption
 from cluster.resources import ActorResources
 from stages.data import DataSpec
 from stages.device import pick_device
+from stages.recover.compiled import prepare_compiler
 from stages.recover.options import RecoverOptions
 from stages.recover.split import HereLink, Part, SplitObjective, TeacherPart
 from stages.teachers.build import memory_format
@@ -34,6 +35,8 @@ def load_on(name: str, spec: TeacherSpec, data: DataSpec, device: torch.device) 
 def make_part(name: str, spec: TeacherSpec, data: DataSpec, options: RecoverOptions, gpu: bool) -> TeacherPart:
     """One teacher's part of the objective, in the process that will hold it."""
     device = pick_device(gpu)
+    if options.compile:
+        prepare_compiler(device)
     return TeacherPart(name, load_on(name, spec, data, device), options, device)
 
 

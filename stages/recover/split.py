@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stages.device import reproducible
+from stages.recover.compiled import compiling
 from stages.recover.objective import BNTap, Measured, check_layers
 from stages.recover.options import RecoverOptions
 
@@ -88,7 +89,8 @@ class TeacherPart:
                 ce = F.cross_entropy(logits, torch.from_numpy(np.array(labels)).to(x.device))
                 loss = loss + ce_weight * ce
             # A teacher without layers to match adds a constant.
-            gradient = torch.autograd.grad(loss, [x])[0] if loss.requires_grad else torch.zeros_like(x)
+            with compiling():
+                gradient = torch.autograd.grad(loss, [x])[0] if loss.requires_grad else torch.zeros_like(x)
         return Part(
             None if ce is None else ce.item(), None if l_bn is None else l_bn.item(), gradient.detach().cpu().numpy()
         )
@@ -143,9 +145,10 @@ class SplitObjective:
     def prepare(self, logit_names: Sequence[str], bn_names: Sequence[str], example: Tensor) -> None:
         """See ``Objective``."""
         images = example.detach().cpu().numpy()
-        asked = {name: self._links[name].layers(images) for name in bn_names}
-        for name, layers in asked.items():
-            check_layers(name, layers(), self._options)
+        asked = {name: self._links[name].layers(images) for name in dict.fromkeys([*logit_names, *bn_names])}
+        found = {name: layers() for name, layers in asked.items()}
+        for name in bn_names:
+            check_layers(name, found[name], self._options)
 
     def step(self, x: Tensor, y: Tensor, logit_names: Sequence[str], bn_names: Sequence[str]) -> Measured:
         """See ``Objective``."""

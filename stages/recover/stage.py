@@ -21,15 +21,15 @@ from cluster.runner import ActorStage, Row
 from stages.data import DataSpec
 from stages.device import pick_device
 from stages.images import encode_png
+from stages.recover.compiled import prepare_compiler
 from stages.recover.core import recover_unit
+from stages.recover.objective import LocalObjective, Objective
 from stages.recover.options import Placement, RecoverOptions
 from stages.recover.placement import load_on, split_objective, unit_resources
 from stages.recover.sources import SourceReader
-from stages.recover.split import SplitObjective
 from stages.recover.state import RecoveryState
 from stages.recover.unit import RecoverUnit
 from stages.teachers.options import TeacherSpec
-from stages.teachers.teacher import Teacher
 
 log = logging.getLogger("prism")
 
@@ -66,7 +66,10 @@ class RecoverStage:
         self.specs, self.split = dict(teachers), split
         here = {} if split else teachers
         self.teachers = {name: load_on(name, spec, data, self.device) for name, spec in here.items()}
-        self.objective: SplitObjective | None = None
+        # One for all units, which share what it compiles.
+        self.objective: Objective | None = None if split else LocalObjective(self.teachers, options)
+        if options.compile and not split:
+            prepare_compiler(self.device)
         self.out, self.data, self.options, self.identity = out, data, options, identity
         self.attempts = Attempts(
             storage.join(out, "progress", "recover"), session, "lower resources.recover.actors or recover.chunk"
@@ -93,15 +96,14 @@ class RecoverStage:
                 return self._finished(unit)
             return self._recover(unit)
 
-    def _against(self) -> Mapping[str, Teacher] | SplitObjective:
-        """The teachers, or the objective that knows where they are.
+    def _against(self) -> Objective:
+        """The objective.
 
-        The latter is not made in the constructor: there may be no room for it yet, and to Ray an actor that waits is
-        none.
+        One whose teachers are elsewhere is not made in the constructor: there may be no room for it yet, and to Ray an
+        actor that waits is none.
         """
-        if self.split is None:
-            return self.teachers
         if self.objective is None:
+            assert self.split is not None
             self.objective = split_objective(self.specs, self.data, self.options, self.split)
         return self.objective
 

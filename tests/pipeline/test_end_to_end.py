@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from cluster.progress import read_progress
+from pipeline.status import read_status
 
 
 def shards_in(folder: Path) -> list[Path]:
@@ -96,6 +97,34 @@ def test_a_student_taken_out_leaves_the_results(prism, config, serial_run):
     results = json.loads((out / "summary.json").read_text())["results"]
     assert [r["method"] for r in results] == ["prism"]
     assert "random_real" not in text
+
+
+def test_students_of_random_real_images_take_turns_on_draws(prism, config, serial_run):
+    """The first draw is the one that a run with a single draw has; what there was is kept."""
+    out, _ = serial_run
+    before = digests(out / "labels/random_real")
+    evaluate = {"baselines": ["random_real"], "seeds": [0, 1, 2], "draws": 2}
+    code, _, err = prism("run", config(out, evaluate=evaluate), "--serial")
+    assert code == 0, err
+    assert digests(out / "labels/random_real") == before
+    assert sorted(p.name for p in (out / "baselines").iterdir()) == ["random_real", "random_real-1"]
+    assert sorted(p.name for p in (out / "labels").iterdir()) == ["distilled", "random_real", "random_real-1"]
+    assert digests(out / "labels/random_real-1") != before
+    assert digests(out / "baselines/random_real-1") != digests(out / "baselines/random_real")
+    results = json.loads((out / "summary.json").read_text())["results"]
+    assert sorted(r["seed"] for r in results if r["method"] == "random_real") == [0, 1, 2]
+    found = read_status(str(out))
+    assert found.state == "finished"
+    assert {s.name: s.done == s.planned for s in found.stages if s.name.startswith("baseline")} == {
+        "baseline": True,
+        "baseline 1": True,
+    }
+    # A student of another draw is another student.
+    result = next((out / "eval").glob("random_real--*--s1.json"))
+    of_draw_1 = result.stat().st_mtime_ns
+    code, _, err = prism("run", config(out, evaluate=evaluate | {"draws": 1}), "--serial")
+    assert code == 0, err
+    assert result.stat().st_mtime_ns != of_draw_1
 
 
 def test_a_retrained_teacher_redoes_what_came_from_it(prism, config, serial_run):

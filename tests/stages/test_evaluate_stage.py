@@ -314,6 +314,7 @@ def test_random_real_images_are_the_chosen_ones(case: Case) -> None:
         assert np.array_equal(images.images[image_id].numpy(), expected)
     assert all(len(set(picks)) == IPC for picks in chosen)
     assert choose_real(shards.labels_of(dataset), 10, IPC, 1) != chosen
+    assert choose_real(shards.labels_of(dataset), 10, IPC, 0, draw=1) != chosen
     pixels = images.images.flatten(1).double().numpy()
     assert class_cosine(pixels.__getitem__, images.labels.numpy())["cosine_mean"] > 0
 

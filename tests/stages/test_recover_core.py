@@ -238,7 +238,7 @@ def test_precision_is_as_asked_and_reproducible_while_it_lasts(
 
     with pytest.raises(InterruptedError):
         recover_unit(unit(), images(), teachers, RecoverOptions(precision=precision), DATA, "cpu", on_step=look)
-    assert seen == [[False, True, tf32, tf32]] * 2
+    assert seen == [[False, True, tf32, False]] * 2
     assert [getattr(holder, name) for holder, name in FLAGS] == callers_flags
 
 

@@ -275,6 +275,32 @@ def test_layer_skipped_later_is_an_error(batch: tuple[Tensor, Tensor]) -> None:
         tap(x, logits=True)
 
 
+def test_odd_images_cost_no_digits() -> None:
+    """One pass over a batch some of whose images are far from all others, by either end."""
+    rng = torch.Generator().manual_seed(0)
+    for odd in (slice(0, 1), slice(-1, None), slice(0, 200, 25), slice(10, 11)):
+        x = torch.randn(200, 3, 4, 4, generator=rng) + 50
+        x[odd] += 1000
+        net = nn.Sequential(nn.BatchNorm2d(3).eval().requires_grad_(False))
+        net.bn_layers = [net[0]]  # type: ignore[assignment]
+        _, found = BNTap("t", net, x, RecoverOptions(first_bn_multiplier=1.0))(x, logits=False)
+        exact = x.double()
+        mean, var = exact.mean((0, 2, 3)), exact.var((0, 2, 3), correction=0)
+        assert found.item() == pytest.approx((mean.norm() + (var - 1).norm()).item(), rel=5e-6)
+
+
+def test_a_layer_of_zeros_has_a_gradient_of_zeros() -> None:
+    """Both norms are 0, and the weight of one is large."""
+    bn = nn.BatchNorm2d(2).eval().requires_grad_(False)
+    bn.running_var.zero_()
+    net = nn.Sequential(bn)
+    net.bn_layers = [bn]  # type: ignore[assignment]
+    x = torch.zeros(1, 2, 4, 4, requires_grad=True)
+    _, value = BNTap("t", net, x, RecoverOptions(var_weight=1000.0))(x, logits=False)
+    (gradient,) = torch.autograd.grad(value, x)
+    assert torch.equal(gradient, torch.zeros_like(x))
+
+
 def test_float32_is_near_float64(batch: tuple[Tensor, Tensor]) -> None:
     """Activations far from zero, where a variance from E[x²] − E[x]² would lose its digits."""
     x = batch[0].detach() + 100

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from stages.data import DataSpec
 from stages.recover.objective import LocalObjective, Measured, _LayerDistance
 from stages.recover.options import RecoverOptions
-from stages.teachers.build import build_network
+from stages.teachers.build import build_network, memory_format
 from stages.teachers.options import TeacherSpec
 from stages.teachers.teacher import Teacher
 
@@ -78,7 +78,8 @@ def exact(network: nn.Module, size: int, dtype: torch.dtype = torch.float64) -> 
 
 def ours(network: nn.Module, size: int, **options: object) -> Measured:
     data = DataSpec(size, 3, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), tuple("abcdefghij"))
-    teacher = Teacher("t", copy.deepcopy(network), data, num_outputs=10).float().to(memory_format=torch.channels_last)
+    teacher = Teacher("t", copy.deepcopy(network), data, num_outputs=10).float()
+    teacher = teacher.to(memory_format=memory_format(teacher.network))  # type: ignore[call-overload]
     objective = LocalObjective({"t": teacher}, RecoverOptions(r_bn=0.1, **options))  # type: ignore[arg-type]
     x, y = batch(size)
     objective.prepare(["t"], ["t"], x[:1].float())
