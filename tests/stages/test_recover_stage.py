@@ -202,6 +202,22 @@ def test_same_bytes_with_ray(
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.parametrize("options", [{"compile": True}, {"precision": "bf16"}], ids=["compiled", "bf16"])
+def test_same_bytes_with_ray_by_every_engine(
+    serial: tuple[Path, list[Row]], world: tuple[str, Any], tmp_path: Path, ray_local: None, options: dict[str, Any]
+) -> None:
+    here, there = tmp_path / "serial", tmp_path / "ray"
+    rows = recover_rows(units_of(SETS))
+    for folder, runner in ((here, run_serial), (there, run_ray)):
+        done = list(runner(rows, [stage_of(world, folder, list(ARCHS), actors=2, **options)]))
+        assert [row["error"] for row in done] == [""] * len(SETS)
+    assert shard_bytes(here) == shard_bytes(there)
+    if "precision" in options:
+        assert shard_bytes(here) != shard_bytes(serial[0])
+
+
+@pytest.mark.ray
+@pytest.mark.slow
 def test_one_unit_fails_and_the_others_go_on(world: tuple[str, Any], tmp_path: Path, ray_local: None) -> None:
     """One unit's loss is NaN; another kills its worker every time, as running out of memory does."""
     units = units_of([["res"], ["nan"], ["kill"], ["conv"], ["res", "conv"]], iterations=2)
