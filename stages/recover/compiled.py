@@ -7,10 +7,12 @@ backward pass needs beside the inputs of the BN layers, it computes again instea
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
 import os
 import shutil
+import tempfile
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -24,6 +26,7 @@ from stages.teachers.build import memory_format
 if TYPE_CHECKING:
     from stages.teachers.teacher import Teacher
 
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
 OFF = "or set recover.compile=false and choose another out"
 
 
@@ -133,7 +136,10 @@ def compiling() -> Iterator[None]:
 
 
 def prepare_compiler(device: torch.device) -> None:
-    """To be called once by a process that will compile: no more compilers at a time than it has threads.
+    """To be called by a process that will compile: no more compilers at a time than it has threads, in its own folder.
+
+    A process that is killed while it compiles leaves half a library behind, which the next one in the same folder would
+    take for a whole one. ``TORCHINDUCTOR_CACHE_DIR`` of the user's is left as it is.
 
     Args:
         device: where the teachers are.
@@ -147,4 +153,7 @@ def prepare_compiler(device: torch.device) -> None:
         raise RunError(f"recover.compile: this machine has no compiler ({names[1]}); install one, {OFF}")
     from torch._inductor import config
 
+    if CACHE not in os.environ:
+        os.environ[CACHE] = tempfile.mkdtemp(prefix="prism-compiled-")
+        atexit.register(shutil.rmtree, os.environ[CACHE], ignore_errors=True)
     config.compile_threads = max(1, torch.get_num_threads())

@@ -63,13 +63,13 @@ class RecoverStage:
     ):
         # With its teachers elsewhere, an actor computes little, and leaves the devices to them.
         self.device = pick_device(gpu and split is None)
+        if options.compile and not split:
+            prepare_compiler(self.device)
         self.specs, self.split = dict(teachers), split
         here = {} if split else teachers
         self.teachers = {name: load_on(name, spec, data, self.device) for name, spec in here.items()}
         # One for all units, which share what it compiles.
         self.objective: Objective | None = None if split else LocalObjective(self.teachers, options)
-        if options.compile and not split:
-            prepare_compiler(self.device)
         self.out, self.data, self.options, self.identity = out, data, options, identity
         self.attempts = Attempts(
             storage.join(out, "progress", "recover"), session, "lower resources.recover.actors or recover.chunk"

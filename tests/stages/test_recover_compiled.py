@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch._inductor.runtime.runtime_utils import cache_dir
 from torch._inductor.utils import fresh_cache
 
 from cluster.errors import RunError, TransientError, UserError
@@ -169,6 +171,20 @@ def test_a_failure_of_the_machine_is_no_fault_of_the_teacher(
     one.prepare(["t4"], ["t4"], batch[0][:1])
     with pytest.raises(TransientError, match=r"recover\.compile: .*compiler.*; mend it, or set recover\.compile=false"):
         one.step(*batch, ["t4"], ["t4"])
+
+
+def test_every_process_compiles_in_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a library of a killed one would stop the next."""
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    prepare_compiler(torch.device("cpu"))
+    own = os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    assert os.path.samefile(cache_dir(), own)
+    assert os.listdir(own) == []
+    prepare_compiler(torch.device("cpu"))
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == own
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/theirs")
+    prepare_compiler(torch.device("cpu"))
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/theirs"
 
 
 def test_a_machine_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
