@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from stages.teachers.teacher import Teacher
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
+OWN = "prism-compiled-"
 OFF = "or set recover.compile=false and choose another out"
 
 
@@ -152,8 +153,12 @@ def prepare_compiler(device: torch.device) -> None:
     if not any(shutil.which(name) for name in (os.environ.get(names[0]) or names[1], *names[1:])):
         raise RunError(f"recover.compile: this machine has no compiler ({names[1]}); install one, {OFF}")
     from torch._inductor import config
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-    if CACHE not in os.environ:
-        os.environ[CACHE] = tempfile.mkdtemp(prefix="prism-compiled-")
+    # torch writes its default there as soon as it is imported, and a driver's folder is inherited by its workers.
+    there, own = os.environ.get(CACHE, ""), f"{OWN}{os.getpid()}-"
+    name = os.path.basename(there)
+    if there in ("", default_cache_dir()) or (name.startswith(OWN) and not name.startswith(own)):
+        os.environ[CACHE] = tempfile.mkdtemp(prefix=own)
         atexit.register(shutil.rmtree, os.environ[CACHE], ignore_errors=True)
     config.compile_threads = max(1, torch.get_num_threads())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from torch._inductor.runtime.runtime_utils import cache_dir
+from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 from torch._inductor.utils import fresh_cache
 
 from cluster.errors import RunError, TransientError, UserError
@@ -182,6 +182,10 @@ def test_every_process_compiles_in_a_folder_of_its_own(monkeypatch: pytest.Monke
     assert os.listdir(own) == []
     prepare_compiler(torch.device("cpu"))
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == own
+    for inherited in (default_cache_dir(), "/tmp/prism-compiled-1-abc"):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", inherited)
+        prepare_compiler(torch.device("cpu"))
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] not in (own, inherited)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/theirs")
     prepare_compiler(torch.device("cpu"))
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/theirs"
