@@ -1,4 +1,4 @@
-"""How much faster a step of recovery is than the published way of it (``reference_step.py``), and what brought it.
+"""How much faster a step of recovery is than the published way (``stages/recover/reference.py``), and what brought it.
 
     python benchmarks/recover_step.py 224 5 > benchmarks/results/recover_step_224_cpu.json     # images, rounds
     python benchmarks/recover_step.py 32 5
@@ -9,32 +9,35 @@ process; what counts are medians of image-steps a second, augmentation and optim
 one step in a process of its own, whose memory is watched (on GPUs the allocator's).
 
 The ways, each with what the one before has: ``reference``; ``once`` = the primary runs once for both losses, the others
-stop after their last BatchNorm layer, statistics with their gradient in one pass; ``channels_last``; ``compiled``;
-``bf16``, where the processor computes in it.
+stop after their last BatchNorm layer, statistics with their gradient in one pass; ``channels_last``; ``memory`` = freed
+memory is kept and used again; ``compiled``; ``bf16``, where the processor computes in it. ``reference_memory`` is the
+published way with memory kept. On GPUs ``reference_tf32`` is the published way with TF32 and channels last, and
+``tf32`` ours compiled with TF32.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
-from reference_step import ReferenceStep
 from torch import nn
 
 from stages.data import DataSpec
-from stages.device import pick_device
+from stages.device import pick_device, reuse_memory
+from stages.recover.compiled import prepare_compiler
 from stages.recover.core import recover_unit
 from stages.recover.objective import LocalObjective
 from stages.recover.options import RecoverOptions
+from stages.recover.reference import ReferenceStep
+from stages.recover.speed import copy_rate, has_bf16, in_turns, matmul_rate, processor
 from stages.recover.unit import RecoverUnit
 from stages.teachers.build import build_network, memory_format
 from stages.teachers.options import TeacherSpec
@@ -64,15 +67,62 @@ CASES = {
         ("builtin:resnet10", "builtin:vgg_bn", "builtin:convnet_d3", "builtin:wrn16_2", "builtin:shufflenetv2"),
         32, 100, 100, 4,
     ),
+    "gpu": Case(
+        ("timm:resnet18", "timm:mobilenetv2_100", "timm:efficientnet_b0", "torchvision:shufflenet_v2_x1_0"),
+        224, 100, 1000, 10,
+    ),
     "smoke": Case(("builtin:resnet10", "builtin:convnet_d3"), 32, 4, 10, 1),
 }  # fmt: skip
 
 
 Way = Callable[[], torch.Tensor]
-WAYS = ("reference", "once", "channels_last", "compiled", "bf16")
 
 
-def make_way(name: str, case: Case, device: torch.device) -> Way:
+@dataclass(frozen=True)
+class Kind:
+    """What a way has.
+
+    Attributes:
+        published: the reference step.
+        channels_last: else contiguous.
+        memory: ``reuse_memory``.
+        compile, precision: of recovery.
+    """
+
+    published: bool = False
+    channels_last: bool = True
+    memory: bool = False
+    compile: bool = False
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+
+
+REFERENCE = Kind(published=True, channels_last=False)
+BEFORE = {"reference": REFERENCE, "once": Kind(channels_last=False), "channels_last": Kind()}
+CPU_WAYS = {
+    **BEFORE,
+    "memory": Kind(memory=True),
+    "compiled": Kind(memory=True, compile=True),
+    "bf16": Kind(memory=True, compile=True, precision="bf16"),
+    "reference_memory": replace(REFERENCE, memory=True),
+}
+GPU_WAYS = {
+    **BEFORE,
+    "compiled": Kind(compile=True),
+    "tf32": Kind(compile=True, precision="tf32"),
+    "bf16": Kind(compile=True, precision="bf16"),
+    "reference_tf32": Kind(published=True, precision="tf32"),
+}
+
+
+def ways_of(name: str, device: torch.device) -> dict[str, Kind]:
+    """Those to compare."""
+    if name == "smoke":
+        return {way: BEFORE[way] for way in ("reference", "channels_last")}
+    ways = GPU_WAYS if device.type == "cuda" else CPU_WAYS
+    return {way: kind for way, kind in ways.items() if kind.precision != "bf16" or has_bf16(device)}
+
+
+def make_way(kind: Kind, case: Case, device: torch.device) -> Way:
     """What makes ``case.steps`` steps and gives the images."""
     names = tuple(f"c{i:04d}" for i in range(case.classes))
     data = DataSpec(case.size, 3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), names)
@@ -82,21 +132,31 @@ def make_way(name: str, case: Case, device: torch.device) -> Way:
     }
     torch.manual_seed(0)
     x = torch.randn(case.images, 3, case.size, case.size, device=device)
-    options = RecoverOptions(
-        r_bn=0.01,
-        lr=0.05,
-        roll=case.size // 7,
-        compile=name in ("compiled", "bf16"),
-        precision="bf16" if name == "bf16" else "fp32",
-    )
-    if name == "reference":
+    roll = case.size // 7
+    options = RecoverOptions(r_bn=0.01, lr=0.05, roll=roll, compile=kind.compile, precision=kind.precision)
+
+    def set_memory() -> None:
+        if device.type == "cpu":
+            reuse_memory(kind.memory)
+
+    if kind.published:
+        layout = torch.channels_last if kind.channels_last else torch.contiguous_format
+        pool = {arch: network.to(memory_format=layout) for arch, network in pool.items()}
+        x = x.to(memory_format=layout)
         reference = ReferenceStep(pool, next(iter(pool)), list(pool), options.r_bn)
         y = torch.arange(case.images, device=device)
         low, high = data.valid_range(x)
-        return lambda: reference.optimise(x, y, case.steps, options.lr, low, high, options.roll)
+
+        def published() -> torch.Tensor:
+            set_memory()
+            tf32 = kind.precision == "tf32"
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
+            return reference.optimise(x, y, case.steps, options.lr, low, high, options.roll)
+
+        return published
     teachers = {}
     for arch, network in pool.items():
-        layout = torch.contiguous_format if name == "once" else memory_format(network)
+        layout = memory_format(network) if kind.channels_last else torch.contiguous_format
         teachers[arch] = Teacher(arch, network, data, num_outputs=case.classes).to(memory_format=layout)
     unit = RecoverUnit(
         ipc=0, chunk=0, classes=list(range(case.images)), logit_teachers=list(pool)[:1], bn_teachers=list(pool),
@@ -104,21 +164,12 @@ def make_way(name: str, case: Case, device: torch.device) -> Way:
     )  # fmt: skip
     # Kept between turns, as an actor keeps it between units.
     objective = LocalObjective(teachers, options)
-    return lambda: recover_unit(unit, x, objective, options, data, device).pixels
 
+    def ours() -> torch.Tensor:
+        set_memory()
+        return recover_unit(unit, x, objective, options, data, device).pixels
 
-def in_turns(ways: dict[str, Way], rounds: int, work: int) -> dict[str, list[float]]:
-    """Rates of each way, ``work`` a call, in its turns."""
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(rounds + 1):
-        for name, run in ways.items():
-            start = time.perf_counter()
-            # Waits for the device, for it brings the images back.
-            run().sum().item()
-            # The first turn warms up, and compiles.
-            if turn:
-                rates[name].append(work / (time.perf_counter() - start))
-    return rates
+    return ours
 
 
 def peak_bytes(run: Way, device: torch.device) -> int:
@@ -128,6 +179,8 @@ def peak_bytes(run: Way, device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats()
         run().sum().item()
         return torch.cuda.max_memory_allocated() - before
+    # What the process keeps for later goes back first.
+    reuse_memory(False)
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     run().sum().item()
@@ -142,71 +195,48 @@ def _resident(field: str) -> int:
 def print_peak(name: str, way: str) -> None:
     """In a process of its own: the peak of a step that is not the first."""
     case, device = replace(CASES[name], steps=1), pick_device(True)
-    run = make_way(way, case, device)
+    run = make_way(ways_of(name, device)[way], case, device)
     run()
     print(peak_bytes(run, device))
 
 
 def peak_of(name: str, way: str) -> float:
     """MB an image."""
-    # Large tensors go back to the system at once, so that what is resident is what is in use.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     command = [sys.executable, __file__, "peak", name, way]
-    found = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return round(int(found.split()[-1]) / CASES[name].images / 1e6, 2)
 
 
 def main(name: str, rounds: str = "5") -> None:
     case, device = CASES[name], pick_device(True)
-    # Ours has TF32 off in any case.
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    wanted = [way for way in WAYS if way != "bf16" or has_bf16(device)]
-    if name == "smoke":
-        wanted = ["reference", "channels_last"]
-    ways = {way: make_way(way, case, device) for way in wanted}
-    rates = in_turns(ways, int(rounds), case.images * case.steps)
+    wanted = ways_of(name, device)
+    if any(kind.compile for kind in wanted.values()):
+        prepare_compiler(device)
+    ways: dict[str, Way] = {way: make_way(kind, case, device) for way, kind in wanted.items()}
+    work = case.images * case.steps
+    rates = {way: [work / value for value in values] for way, values in in_turns(ways, int(rounds)).items()}
     medians = {way: statistics.median(values) for way, values in rates.items()}
-    peaks = {way: peak_of(name, way) for way in wanted}
-    first = wanted[0]
+    if device.type == "cuda":
+        peaks = {way: round(peak_bytes(ways[way], device) / case.images / 1e6, 2) for way in wanted}
+    else:
+        peaks = {way: peak_of(name, way) for way in wanted}
     result = {
         "case": name,
         "image_steps_per_s": {way: round(value, 2) for way, value in medians.items()},
-        "ratio": {way: round(value / medians[first], 2) for way, value in medians.items()},
+        "ratio": {way: round(value / medians["reference"], 2) for way, value in medians.items()},
         "peak_mb_per_image": peaks,
-        "peak_ratio": {way: round(value / peaks[first], 3) for way, value in peaks.items()},
+        "peak_ratio": {way: round(value / peaks["reference"], 3) for way, value in peaks.items()},
         "rounds": {way: [round(value, 2) for value in values] for way, values in rates.items()},
         "environment": {
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+            "device": processor(device),
             "cpus": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
-            "matmul_gflops": round(matmul_rate(device) / 1e9, 1),
+            "matmul_gflops": {kind: round(matmul_rate(device, kind) / 1e9, 1) for kind in ("fp32", "tf32", "bf16")},
+            "copy_gb_per_s": round(copy_rate(device) / 1e9, 1),
         },
     }
     print(json.dumps(result))
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 is computed in hardware; elsewhere it is emulated, and slow."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.backends.cpu.get_cpu_capability() != "AVX2" and "bf16" in Path("/proc/cpuinfo").read_text())
-
-
-def processor() -> str:
-    """Its name, or kind."""
-    named = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return named[0].partition(":")[2].strip() if named else platform.machine()
-
-
-def matmul_rate(device: torch.device, size: int = 1024) -> float:
-    """Floating-point operations a second of a float32 matrix product: what the machine can do at best."""
-    a, best = torch.randn(size, size, device=device), 0.0
-    for _ in range(20):
-        start = time.perf_counter()
-        (a @ a).sum().item()
-        best = max(best, 2 * size**3 / (time.perf_counter() - start))
-    return best
 
 
 if __name__ == "__main__":

@@ -122,6 +122,20 @@ def plan(words: Words) -> None:
     print_plan(load_config(*_split(words)))
 
 
+@app.command()
+def bench(
+    words: Words,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each way; medians count.")] = 3,
+    price: Annotated[float | None, typer.Option(min=0, help="Of an hour of this machine, for the cost.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON for programs.")] = False,
+) -> None:
+    """Measure this machine's speed at recovery, against the published way and the machine's limits."""
+    from pipeline.bench import bench as measure
+    from pipeline.loading import load_config
+
+    measure(load_config(*_split(words)), rounds, price, as_json)
+
+
 @app.command("import")
 def import_(
     src: Annotated[str, typer.Argument(help="Folder tree, CIFAR batches, IDX files or Parquet; local or s3://")],

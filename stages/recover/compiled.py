@@ -12,15 +12,20 @@ import contextlib
 import copy
 import os
 import shutil
+import tarfile
 import tempfile
 import types
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from cluster.errors import RunError, TransientError, UserError, first_line
+from cluster.nodecache import node_cache
+from stages.recover.frozen import fold_batch_norm, widen_depthwise_gradients
+from stages.recover.speed import processor
 from stages.teachers.build import memory_format
 
 if TYPE_CHECKING:
@@ -69,6 +74,9 @@ class CompiledTeacher:
 
         try:
             network = copy.deepcopy(teacher, memo)
+            fold_batch_norm(network)
+            if not example.is_cuda and torch.is_autocast_enabled(example.device.type):
+                widen_depthwise_gradients(network)
             for index, layer in enumerate(layers):
                 tapped = memo[id(layer)]
                 assert isinstance(tapped, nn.BatchNorm2d)
@@ -104,10 +112,63 @@ class CompiledTeacher:
         # As a whole or not at all: what runs between two parts of a network would not be compiled, and which parts are
         # would depend on what the process did before.
         self._run = torch.compile(own, dynamic=False, fullgraph=True, options=options)
+        self._ready: set[torch.Size] = set()
+        # What the code is made from, as far as it takes to find it: torch looks closer.
+        self._what = [repr(network), count, logits, dict(options)]
 
     def __call__(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Logits and distances."""
+        if x.shape not in self._ready:
+            autocast = torch.is_autocast_enabled(x.device.type)
+            kept_code([*self._what, processor(x.device), list(x.shape), autocast], lambda: self._try_out(x))
+            self._ready.add(x.shape)
         return self._run(x)  # type: ignore[no-any-return]
+
+    def _try_out(self, x: Tensor) -> None:
+        """Forward and backward, both of which compile at their first call."""
+        x = x.detach().requires_grad_()
+        found = [out.float().sum() for out in self._run(x) if out is not None]
+        torch.autograd.grad(torch.stack(found).sum(), [x])
+
+
+def kept_code(what: list[object], compile_it: Callable[[], None]) -> None:
+    """Compile, with the help of what another process of this node compiled, or so that later ones are helped.
+
+    One process at a time makes the code of a teacher; the others wait for it.
+
+    Args:
+        what: tells code apart.
+        compile_it: does it in this process's folder, quickly where the code is there.
+    """
+    folder = Path(os.environ.get(CACHE, ""))
+    if not folder.name.startswith(OWN):
+        # The user's, where torch keeps it.
+        return compile_it()
+    done = False
+
+    def fill(path: Path, reserve: Callable[[int], None]) -> None:
+        nonlocal done
+        before = set(_files(folder))
+        compile_it()
+        done = True
+        new = [file for file in _files(folder) if file not in before]
+        reserve(sum(file.stat().st_size for file in new))
+        with tarfile.open(path, "w") as archive:
+            for file in new:
+                archive.add(file, file.relative_to(folder))
+
+    known = [torch.__version__, torch.backends.cpu.get_cpu_capability()]
+    kept = node_cache().make(["compiled", *known, *what], fill)
+    if done:
+        return None
+    if kept:
+        with tarfile.open(kept) as archive:
+            archive.extractall(folder, filter="data")
+    return compile_it()
+
+
+def _files(folder: Path) -> list[Path]:
+    return [file for file in folder.rglob("*") if file.is_file() and file.suffix != ".lock"]
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cluster import preemption
 from cluster.resources import ActorResources
 from stages.data import DataSpec
-from stages.device import pick_device
+from stages.device import pick_device, reuse_memory
 from stages.recover.compiled import prepare_compiler
 from stages.recover.options import RecoverOptions
 from stages.recover.split import HereLink, Part, SplitObjective, TeacherPart
@@ -37,6 +37,8 @@ def make_part(name: str, spec: TeacherSpec, data: DataSpec, options: RecoverOpti
     device = pick_device(gpu)
     if options.compile:
         prepare_compiler(device)
+    if device.type == "cpu":
+        reuse_memory()
     return TeacherPart(name, load_on(name, spec, data, device), options, device)
 
 

@@ -19,7 +19,7 @@ from cluster.ledger import content_key
 from cluster.resources import ActorResources
 from cluster.runner import ActorStage, Row
 from stages.data import DataSpec
-from stages.device import pick_device
+from stages.device import pick_device, reuse_memory
 from stages.images import encode_png
 from stages.recover.compiled import prepare_compiler
 from stages.recover.core import recover_unit
@@ -65,6 +65,8 @@ class RecoverStage:
         self.device = pick_device(gpu and split is None)
         if options.compile and not split:
             prepare_compiler(self.device)
+        if self.device.type == "cpu":
+            reuse_memory()
         self.specs, self.split = dict(teachers), split
         here = {} if split else teachers
         self.teachers = {name: load_on(name, spec, data, self.device) for name, spec in here.items()}

@@ -21,12 +21,14 @@ class NetworkFacts:
         flops: floating-point operations of one forward pass of one image (two per multiply-add).
         parameters: trainable parameters.
         bn_channels: channels of every BatchNorm2d layer with running statistics, in ``modules()`` order.
+        bn_elements: of the inputs of all of them together, for one image.
         bn_repeated: names of those that run more than once in a forward pass, whose statistics nothing can match.
     """
 
     flops: float
     parameters: int
     bn_channels: list[int]
+    bn_elements: int
     bn_repeated: list[str]
 
 
@@ -57,15 +59,18 @@ def describe_network(
     counter = FlopCounterMode(display=False)
     layers = bn_layers(network)
     runs: dict[nn.Module, int] = dict.fromkeys(layers, 0)
+    images, elements = 2, 0
 
     def count(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        nonlocal elements
         runs[layer] += 1
+        elements += inputs[0].numel() // images
 
     for layer in layers:
         layer.register_forward_pre_hook(count)
     try:
         with torch.no_grad(), counter:
-            logits = network(torch.zeros(2, channels, image_size, image_size, device="meta"))
+            logits = network(torch.zeros(images, channels, image_size, image_size, device="meta"))
     except Exception as error:
         raise UserError(
             f"{field}: {spec.arch} does not accept {channels}×{image_size}×{image_size} images ({first_line(error)}); "
@@ -76,14 +81,15 @@ def describe_network(
             f"{field}: {spec.arch} returned a {type(logits).__name__}; its factory must return a network that gives "
             "logits [B, classes]"
         )
-    if tuple(logits.shape) != (2, num_classes):
+    if tuple(logits.shape) != (images, num_classes):
         raise UserError(
             f"{field}: {spec.arch} gives {tuple(logits.shape)[1:]} outputs an image, but {num_classes} classes are "
             "expected; set num_outputs and class_index to use a network that knows more classes"
         )
     return NetworkFacts(
-        flops=counter.get_total_flops() / 2,
+        flops=counter.get_total_flops() / images,
         parameters=sum(p.numel() for p in network.parameters()),
         bn_channels=[layer.num_features for layer in layers],
+        bn_elements=elements,
         bn_repeated=[name for name, layer in network.named_modules() if runs.get(layer, 0) > 1],
     )

@@ -13,12 +13,12 @@ from torch import nn
 from stages.data import DataSpec
 from stages.recover.objective import LocalObjective
 from stages.recover.options import RecoverOptions
+from stages.recover.reference import ReferenceStep
 from stages.teachers.build import build_network
 from stages.teachers.options import TeacherSpec
 from stages.teachers.teacher import Teacher
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from reference_step import ReferenceStep
 
 # Small, for float64 takes its time.
 DATA = DataSpec(16, 3, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), tuple("abcde"))

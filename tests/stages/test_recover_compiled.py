@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch._inductor import config
 from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 from torch._inductor.utils import fresh_cache
 
@@ -162,14 +164,13 @@ def test_a_network_that_has_no_copy_is_refused(batch: tuple[Tensor, Tensor]) -> 
 
 
 def test_a_failure_of_the_machine_is_no_fault_of_the_teacher(
-    teachers: dict[str, Teacher], batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+    teachers: dict[str, Teacher], batch: tuple[Tensor, Tensor]
 ) -> None:
     """Hence nothing that a search would keep as the result of a point."""
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
     one = objective(teachers)
     one.prepare(["t4"], ["t4"], batch[0][:1])
-    with pytest.raises(TransientError, match=r"recover\.compile: .*compiler.*; mend it, or set recover\.compile=false"):
+    says = r"recover\.compile: .*compiler.*; mend it, or set recover\.compile=false"
+    with fresh_cache(), config.patch({"cpp.cxx": ("no-such-compiler",)}), pytest.raises(TransientError, match=says):
         one.step(*batch, ["t4"], ["t4"])
 
 
@@ -189,6 +190,36 @@ def test_every_process_compiles_in_a_folder_of_its_own(monkeypatch: pytest.Monke
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/theirs")
     prepare_compiler(torch.device("cpu"))
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/theirs"
+
+
+def test_code_is_compiled_once_a_node(
+    teachers: dict[str, Teacher], batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A later process, with a folder of its own, finds what an earlier one made; what is damaged is made again."""
+    monkeypatch.setenv("PRISM_CACHE", str(tmp_path / "cache"))
+
+    def first_step_of_a_process() -> tuple[Tensor, int, set[str]]:
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        prepare_compiler(torch.device("cpu"))
+        torch.compiler.reset()
+        counters.clear()
+        one = objective(teachers)
+        one.prepare(["t4"], ["t4"], batch[0][:1])
+        gradient = one.step(*batch, ["t4"], ["t4"]).gradient
+        return gradient, counters["inductor"]["fxgraph_cache_miss"], {p.name for p in (tmp_path / "cache").iterdir()}
+
+    gradient, misses, kept = first_step_of_a_process()
+    assert misses > 0
+    (archive,) = (tmp_path / "cache" / name for name in kept if not name.endswith(".lock"))
+    again, misses, same = first_step_of_a_process()
+    assert misses == 0
+    assert same == kept
+    assert torch.equal(again, gradient)
+    archive.chmod(0o600)
+    archive.write_bytes(archive.read_bytes()[:1000])
+    again, misses, _ = first_step_of_a_process()
+    assert misses > 0
+    assert torch.equal(again, gradient)
 
 
 def test_a_machine_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

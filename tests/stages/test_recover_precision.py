@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,12 +12,10 @@ from torch import Tensor, nn
 from stages.data import DataSpec
 from stages.recover.objective import LocalObjective, Measured, _LayerDistance
 from stages.recover.options import RecoverOptions
+from stages.recover.reference import ReferenceStep
 from stages.teachers.build import build_network, memory_format
 from stages.teachers.options import TeacherSpec
 from stages.teachers.teacher import Teacher
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from reference_step import ReferenceStep
 
 BUILTIN = ("resnet10", "convnet_d3", "vgg_bn", "mobilenetv2", "shufflenetv2", "wrn16_2")
 TIMM = (

@@ -1,0 +1,229 @@
+"""``prism bench``: how fast this machine makes a configuration's recovery steps, and how near to its limits that is."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from cluster.facts import versions
+from cluster.progress import console
+from pipeline.config import Config
+from pipeline.describe import class_count, cost, human
+from pipeline.plan import REFERENCE_STEP_FLOPS, REFERENCE_STEP_S, make_plan, passes_per_step
+from pipeline.preflight import check_networks
+from stages.data import DataSpec
+from stages.device import pick_device, reuse_memory
+from stages.recover.compiled import prepare_compiler
+from stages.recover.core import recover_unit
+from stages.recover.objective import LocalObjective
+from stages.recover.reference import ReferenceStep
+from stages.recover.selection import step_teachers
+from stages.recover.speed import copy_rate, in_turns, matmul_rate, processor, timed
+from stages.recover.unit import RecoverUnit
+from stages.teachers.build import build_network, memory_format
+from stages.teachers.options import TeacherSpec
+from stages.teachers.teacher import Teacher
+
+# Of every BatchNorm input z = conv(a'), with a what becomes of it, in separate convolutions and one pass between two of
+# them: z is written, read, a written, read; backward ∂a written, read, z read, ∂z written, read.
+PASSES = 9
+TURN_S = 2.0
+MAX_STEPS = 200
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was measured.
+
+    Attributes:
+        device: name of the processor.
+        threads: of torch on CPUs.
+        teachers: of the measured step.
+        images, image_size: of its unit.
+        precision, compiled: of recovery.
+        first_s: seconds until the first step was made.
+        image_steps: images times steps a second.
+        published: the same of the published way of the step.
+        flops: floating-point operations a second (teachers' multiplications and additions).
+        flops_limit: of a matrix product in the step's precision.
+        traffic: bytes a second, counted as ``PASSES`` over every BatchNorm input.
+        traffic_limit: of a copy, read and written.
+        recover_hours: of the whole plan on one such machine.
+        relabel_hours: the same, if forward passes get as many operations a second.
+        versions: of the libraries.
+    """
+
+    device: str
+    threads: int
+    teachers: list[str]
+    images: int
+    image_size: int
+    precision: str
+    compiled: bool
+    first_s: float
+    image_steps: float
+    published: float
+    flops: float
+    flops_limit: float
+    traffic: float
+    traffic_limit: float
+    recover_hours: float
+    relabel_hours: float
+    versions: dict[str, str]
+
+    @property
+    def limit(self) -> float:
+        """Share of the speed that the machine's nearer limit would allow."""
+        return max(self.flops / self.flops_limit, self.traffic / self.traffic_limit)
+
+
+def bench(config: Config, rounds: int, price: float | None, as_json: bool) -> None:
+    """Measure and print.
+
+    Args:
+        config: needs no data and no weights where ``data.num_classes`` is given; weights do not change the speed.
+        rounds: of turns between the published way and ours; medians count.
+        price: of an hour of this machine.
+        as_json: for programs.
+
+    Raises:
+        UserError: an architecture does not fit.
+    """
+    found = measure(config, rounds)
+    if as_json:
+        shown = {**asdict(found), "ratio": found.image_steps / found.published, "limit": found.limit}
+        print(json.dumps(shown | ({} if price is None else {"recover_cost": found.recover_hours * price})))
+        return
+    ratio = found.image_steps / found.published
+    kind = f"{found.precision}{', compiled' if found.compiled else ''}"
+    threads = "" if torch.cuda.is_available() else f", {found.threads} threads"
+    lines = {
+        "step": f"{found.images} images of {found.image_size} px, {', '.join(found.teachers)}; {kind}",
+        "machine": f"{found.device}{threads}",
+        "speed": f"{found.image_steps:.4g} image-steps/s, a step in {found.images / found.image_steps:.3g} s",
+        "published way": f"{found.published:.4g} image-steps/s, this is {ratio:.2f} times it",
+        "first step": f"after {found.first_s:.3g} s",
+        "arithmetic": f"{found.flops / 1e9:,.0f} of {found.flops_limit / 1e9:,.0f} GFLOP/s of a matrix product",
+        "memory": f"{human(found.traffic)}/s of {human(found.traffic_limit)}/s of a copy",
+        "limit": f"{100 * found.limit:.0f} % of what the nearer of the two allows",
+        "whole plan": f"recover {found.recover_hours:.3g} h, relabel about {found.relabel_hours:.3g} h on such a one",
+    }
+    if price is not None:
+        lines["cost"] = f"{found.recover_hours * price:.2f} for recover, {found.relabel_hours * price:.2f} for relabel"
+    for name, text in lines.items():
+        console.print(f"{name:<14} {text}", soft_wrap=True, markup=False, highlight=False)
+
+
+def measure(config: Config, rounds: int) -> Speed:
+    """See ``bench``."""
+    classes = class_count(config)
+    networks = check_networks(config, classes)
+    units = make_plan(config, classes)
+    device = pick_device(config.resources.recover.gpus != 0)
+    precision = config.recover.precision
+
+    def work(unit: RecoverUnit) -> float:
+        """Floating-point operations of a step for one image."""
+        return 2 * sum(share * networks[name].flops for name, share in passes_per_step(unit, config).items())
+
+    # The unit nearest to the mean, with the set of one of its steps.
+    mean = statistics.fmean(work(unit) for unit in units)
+    unit = min(units, key=lambda unit: (abs(work(unit) - mean), -len(unit.classes), unit.ipc))
+    logit, matched = step_teachers(unit, config.recover, 0)
+    used = list(dict.fromkeys([*logit, *matched]))
+    step = Step(config, unit.model_copy(update={"logit_teachers": logit, "bn_teachers": matched}), classes, device)
+    first = timed(lambda: step.ours(1))
+    one = timed(lambda: step.ours(1)), timed(lambda: step.published(1))
+    ours, published = (max(1, min(MAX_STEPS, round(TURN_S / seconds))) for seconds in one)
+    ways: dict[str, Callable[[], Tensor]] = {
+        "ours": lambda: step.ours(ours),
+        "published": lambda: step.published(published),
+    }
+    seconds = {name: statistics.median(values) for name, values in in_turns(ways, rounds).items()}
+    images = len(unit.classes)
+    rate = images * ours / seconds["ours"]
+    flops = rate * 2 * sum(networks[name].flops for name in used)
+    wide = 2 if precision == "bf16" else 4
+    planned = cost(config, units, networks, classes)
+    scale = REFERENCE_STEP_FLOPS / REFERENCE_STEP_S / flops
+    return Speed(
+        device=processor(device),
+        threads=torch.get_num_threads(),
+        teachers=used,
+        images=images,
+        image_size=config.data.image_size,
+        precision=precision,
+        compiled=config.recover.compile,
+        first_s=first,
+        image_steps=rate,
+        published=images * published / seconds["published"],
+        flops=flops,
+        flops_limit=matmul_rate(device, precision),
+        traffic=rate * PASSES * wide * sum(networks[name].bn_elements for name in used),
+        traffic_limit=copy_rate(device),
+        recover_hours=planned.recover_hours * scale,
+        relabel_hours=planned.relabel_hours * scale,
+        versions=versions(),
+    )
+
+
+class Step:
+    """A unit's steps in both ways, with fresh weights and noise for images: neither changes the speed.
+
+    Args:
+        config: of the run.
+        unit: what to optimise, with the teachers of one step.
+        classes: of the data.
+        device: where.
+    """
+
+    def __init__(self, config: Config, unit: RecoverUnit, classes: int, device: torch.device):
+        data = config.data
+        half = (0.5,) * data.channels
+        names = tuple(f"class {index}" for index in range(classes))
+        self.data = DataSpec(
+            data.image_size, data.channels, tuple(data.mean or half), tuple(data.std or half), names, data.resize
+        )
+        self.unit, self.device = unit, device
+        # The set is that of every step.
+        self.options = config.recover.model_copy(update={"selection": "fixed"})
+        if self.options.compile:
+            prepare_compiler(device)
+        self.x = torch.randn(len(unit.classes), data.channels, data.image_size, data.image_size, device=device)
+        used = dict.fromkeys([*unit.logit_teachers, *unit.bn_teachers])
+        teachers = {name: self._teacher(name, config.teachers[name], classes) for name in used}
+        self._published = ReferenceStep(teachers, unit.logit_teachers[0], unit.bn_teachers, self.options.r_bn)
+        for teacher in teachers.values():
+            teacher.to(memory_format=memory_format(teacher.network))  # type: ignore[call-overload]
+        self._objective = LocalObjective(teachers, self.options)
+
+    def _teacher(self, name: str, spec: TeacherSpec, classes: int) -> Teacher:
+        outputs = spec.num_outputs or classes
+        network = build_network(spec, outputs, self.data.channels)
+        return Teacher(
+            name, network, self.data, num_outputs=outputs, outputs=range(classes), mean=spec.mean, std=spec.std,
+            input_size=spec.input_size, resize=spec.resize,
+        ).to(self.device)  # fmt: skip
+
+    def ours(self, steps: int) -> Tensor:
+        """Some steps as recovery makes them."""
+        self._set_memory(True)
+        unit = self.unit.model_copy(update={"iterations": steps})
+        return recover_unit(unit, self.x, self._objective, self.options, self.data, self.device).pixels
+
+    def published(self, steps: int) -> Tensor:
+        """As many the published way, in float32 without TF32."""
+        self._set_memory(False)
+        y = torch.tensor(self.unit.classes, device=self.device)
+        low, high = self.data.valid_range(self.x)
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        return self._published.optimise(self.x, y, steps, self.options.lr, low, high, self.options.roll)
+
+    def _set_memory(self, reuse: bool) -> None:
+        if self.device.type == "cpu":
+            reuse_memory(reuse)
