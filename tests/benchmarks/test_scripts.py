@@ -1,4 +1,4 @@
-"""Every benchmark still runs; what it measures is not looked at. Others are played in the tests of what they measure."""
+"""Benchmarks still run; what they measure is not looked at. Others run in the tests of what they measure."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.parametrize(
-    "words", [["driver_memory.py", "3"], ["placement.py"], ["ray_cost.py", "2", "2", "1"], ["scale.py", "driver", "120"]],
+    "words",
+    [["driver_memory.py", "3"], ["placement.py"], ["ray_cost.py", "2", "2", "1"], ["scale.py", "driver", "120"]],
     ids=lambda words: words[0],
-)  # fmt: skip
+)
 def test_prints_one_result(words: list[str]) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / words[0]), *words[1:]]
     found = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
