@@ -32,12 +32,12 @@ from torch import nn
 
 from stages.data import DataSpec
 from stages.device import pick_device, reuse_memory
-from stages.recover.compiled import prepare_compiler
+from stages.recover.compiler import prepare_compiler
 from stages.recover.core import recover_unit
 from stages.recover.objective import LocalObjective
 from stages.recover.options import RecoverOptions
 from stages.recover.reference import ReferenceStep
-from stages.recover.speed import copy_rate, has_bf16, in_turns, matmul_rate, processor
+from stages.recover.speed import Way, copy_rate, has_bf16, in_turns, matmul_rate, processor
 from stages.recover.unit import RecoverUnit
 from stages.teachers.build import build_network, memory_format
 from stages.teachers.options import TeacherSpec
@@ -73,9 +73,6 @@ CASES = {
     ),
     "smoke": Case(("builtin:resnet10", "builtin:convnet_d3"), 32, 4, 10, 1),
 }  # fmt: skip
-
-
-Way = Callable[[], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -117,13 +114,13 @@ GPU_WAYS = {
 def ways_of(name: str, device: torch.device) -> dict[str, Kind]:
     """Those to compare."""
     if name == "smoke":
-        return {way: BEFORE[way] for way in ("reference", "channels_last")}
+        return {"reference": REFERENCE, "memory": CPU_WAYS["memory"]}
     ways = GPU_WAYS if device.type == "cuda" else CPU_WAYS
     return {way: kind for way, kind in ways.items() if kind.precision != "bf16" or has_bf16(device)}
 
 
 def make_way(kind: Kind, case: Case, device: torch.device) -> Way:
-    """What makes ``case.steps`` steps and gives the images."""
+    """What makes ``case.steps`` steps and gives the images, after one of them where memory is kept for the next."""
     names = tuple(f"c{i:04d}" for i in range(case.classes))
     data = DataSpec(case.size, 3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), names)
     pool: dict[str, nn.Module] = {
@@ -135,55 +132,58 @@ def make_way(kind: Kind, case: Case, device: torch.device) -> Way:
     roll = case.size // 7
     options = RecoverOptions(r_bn=0.01, lr=0.05, roll=roll, compile=kind.compile, precision=kind.precision)
 
-    def set_memory() -> None:
-        if device.type == "cpu":
-            reuse_memory(kind.memory)
+    def way_of(run: Callable[[int], torch.Tensor]) -> Way:
+        def ready() -> None:
+            if device.type == "cpu":
+                reuse_memory(kind.memory)
+            if kind.memory:
+                run(1)
+
+        return Way(lambda: run(case.steps), ready)
 
     if kind.published:
         layout = torch.channels_last if kind.channels_last else torch.contiguous_format
         pool = {arch: network.to(memory_format=layout) for arch, network in pool.items()}
         x = x.to(memory_format=layout)
-        reference = ReferenceStep(pool, next(iter(pool)), list(pool), options.r_bn)
+        reference = ReferenceStep(pool, next(iter(pool)), list(pool), options.r_bn, tf32=kind.precision == "tf32")
         y = torch.arange(case.images, device=device)
         low, high = data.valid_range(x)
 
-        def published() -> torch.Tensor:
-            set_memory()
-            tf32 = kind.precision == "tf32"
-            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
-            return reference.optimise(x, y, case.steps, options.lr, low, high, options.roll)
+        def published(steps: int) -> torch.Tensor:
+            return reference.optimise(x, y, steps, options.lr, low, high, options.roll)
 
-        return published
+        return way_of(published)
     teachers = {}
     for arch, network in pool.items():
         layout = memory_format(network) if kind.channels_last else torch.contiguous_format
         teachers[arch] = Teacher(arch, network, data, num_outputs=case.classes).to(memory_format=layout)
     unit = RecoverUnit(
         ipc=0, chunk=0, classes=list(range(case.images)), logit_teachers=list(pool)[:1], bn_teachers=list(pool),
-        iterations=case.steps, seed=0,
+        iterations=1, seed=0,
     )  # fmt: skip
     # Kept between turns, as an actor keeps it between units.
     objective = LocalObjective(teachers, options)
 
-    def ours() -> torch.Tensor:
-        set_memory()
-        return recover_unit(unit, x, objective, options, data, device).pixels
+    def ours(steps: int) -> torch.Tensor:
+        work = unit.model_copy(update={"iterations": steps})
+        return recover_unit(work, x, objective, options, data, device).pixels
 
-    return ours
+    return way_of(ours)
 
 
-def peak_bytes(run: Way, device: torch.device) -> int:
-    """Of the memory that ``run`` takes beyond what there is before (on CPUs Linux tells)."""
+def peak_bytes(way: Way, device: torch.device) -> int:
+    """Of the memory that steps take beyond what is in use before; on CPUs, by Linux, what the process holds of it."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        run().sum().item()
+        way.run().sum().item()
         return torch.cuda.max_memory_allocated() - before
     # What the process keeps for later goes back first.
     reuse_memory(False)
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    run().sum().item()
+    way.ready()
+    way.run().sum().item()
     return _resident("VmHWM") - before
 
 
@@ -193,11 +193,15 @@ def _resident(field: str) -> int:
 
 
 def print_peak(name: str, way: str) -> None:
-    """In a process of its own: the peak of a step that is not the first."""
-    case, device = replace(CASES[name], steps=1), pick_device(True)
-    run = make_way(ways_of(name, device)[way], case, device)
-    run()
-    print(peak_bytes(run, device))
+    """In a process of its own, after a first turn: of as many steps as a turn has."""
+    case, device = CASES[name], pick_device(True)
+    kind = ways_of(name, device)[way]
+    if kind.compile:
+        prepare_compiler(device)
+    made = make_way(kind, case, device)
+    made.ready()
+    made.run()
+    print(peak_bytes(made, device))
 
 
 def peak_of(name: str, way: str) -> float:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
+from cluster.errors import UserError
 from cluster.facts import versions
 from cluster.progress import console
 from pipeline.config import Config
@@ -18,12 +19,12 @@ from pipeline.plan import REFERENCE_STEP_FLOPS, REFERENCE_STEP_S, make_plan, pas
 from pipeline.preflight import check_networks
 from stages.data import DataSpec
 from stages.device import pick_device, reuse_memory
-from stages.recover.compiled import prepare_compiler
+from stages.recover.compiler import prepare_compiler
 from stages.recover.core import recover_unit
 from stages.recover.objective import LocalObjective
 from stages.recover.reference import ReferenceStep
 from stages.recover.selection import step_teachers
-from stages.recover.speed import copy_rate, in_turns, matmul_rate, processor, timed
+from stages.recover.speed import Way, copy_rate, in_turns, matmul_rate, processor, timed
 from stages.recover.unit import RecoverUnit
 from stages.teachers.build import build_network, memory_format
 from stages.teachers.options import TeacherSpec
@@ -34,6 +35,8 @@ from stages.teachers.teacher import Teacher
 PASSES = 9
 TURN_S = 2.0
 MAX_STEPS = 200
+# Steps in which every set of teachers comes up about as often as it should.
+MANY = 40
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,13 @@ class Speed:
 
     Attributes:
         device: name of the processor.
-        threads: of torch on CPUs.
+        threads: of torch, 0 on a GPU.
         teachers: of the measured step.
         images, image_size: of its unit.
         precision, compiled: of recovery.
         first_s: seconds until the first step was made.
         image_steps: images times steps a second.
-        published: the same of the published way of the step.
+        published: the same of the published way of the step, for as much arithmetic of the teachers.
         flops: floating-point operations a second (teachers' multiplications and additions).
         flops_limit: of a matrix product in the step's precision.
         traffic: bytes a second, counted as ``PASSES`` over every BatchNorm input.
@@ -86,7 +89,8 @@ def bench(config: Config, rounds: int, price: float | None, as_json: bool) -> No
     """Measure and print.
 
     Args:
-        config: needs no data and no weights where ``data.num_classes`` is given; weights do not change the speed.
+        config: needs no data and no weights where ``data.num_classes`` is given. What a teacher takes from its weights'
+            card or configuration (``input_size`` above all) has to be written out to be measured.
         rounds: of turns between the published way and ours; medians count.
         price: of an hour of this machine.
         as_json: for programs.
@@ -101,7 +105,7 @@ def bench(config: Config, rounds: int, price: float | None, as_json: bool) -> No
         return
     ratio = found.image_steps / found.published
     kind = f"{found.precision}{', compiled' if found.compiled else ''}"
-    threads = "" if torch.cuda.is_available() else f", {found.threads} threads"
+    threads = f", {found.threads} threads" if found.threads else ""
     lines = {
         "step": f"{found.images} images of {found.image_size} px, {', '.join(found.teachers)}; {kind}",
         "machine": f"{found.device}{threads}",
@@ -111,7 +115,7 @@ def bench(config: Config, rounds: int, price: float | None, as_json: bool) -> No
         "arithmetic": f"{found.flops / 1e9:,.0f} of {found.flops_limit / 1e9:,.0f} GFLOP/s of a matrix product",
         "memory": f"{human(found.traffic)}/s of {human(found.traffic_limit)}/s of a copy",
         "limit": f"{100 * found.limit:.0f} % of what the nearer of the two allows",
-        "whole plan": f"recover {found.recover_hours:.3g} h, relabel about {found.relabel_hours:.3g} h on such a one",
+        "whole plan": f"about {found.recover_hours:.3g} h recover, {found.relabel_hours:.3g} h relabel on such a one",
     }
     if price is not None:
         lines["cost"] = f"{found.recover_hours * price:.2f} for recover, {found.relabel_hours * price:.2f} for relabel"
@@ -128,43 +132,52 @@ def measure(config: Config, rounds: int) -> Speed:
     precision = config.recover.precision
 
     def work(unit: RecoverUnit) -> float:
-        """Floating-point operations of a step for one image."""
+        """Floating-point operations of a step for one image, expected."""
         return 2 * sum(share * networks[name].flops for name, share in passes_per_step(unit, config).items())
 
-    # The unit nearest to the mean, with the set of one of its steps.
+    # The unit nearest to the mean.
     mean = statistics.fmean(work(unit) for unit in units)
     unit = min(units, key=lambda unit: (abs(work(unit) - mean), -len(unit.classes), unit.ipc))
-    logit, matched = step_teachers(unit, config.recover, 0)
-    used = list(dict.fromkeys([*logit, *matched]))
-    step = Step(config, unit.model_copy(update={"logit_teachers": logit, "bn_teachers": matched}), classes, device)
+    step = Step(config, unit, classes, device)
     first = timed(lambda: step.ours(1))
-    one = timed(lambda: step.ours(1)), timed(lambda: step.published(1))
-    ours, published = (max(1, min(MAX_STEPS, round(TURN_S / seconds))) for seconds in one)
-    ways: dict[str, Callable[[], Tensor]] = {
-        "ours": lambda: step.ours(ours),
-        "published": lambda: step.published(published),
+    # Where every step has a set of its own, a turn has many, and warms all of them up.
+    least = MANY if config.recover.selection in ("per_step", "round_robin") else 1
+    warm = timed(lambda: step.ours(least)) / least, timed(lambda: step.published(1))
+    ours, published = (max(1, min(MAX_STEPS, round(TURN_S / seconds))) for seconds in warm)
+    ours = least * max(1, round(ours / least))
+    ways = {
+        "ours": Way(lambda: step.ours(ours), step.warm),
+        "published": Way(lambda: step.published(published), lambda: step.set_memory(False)),
     }
     seconds = {name: statistics.median(values) for name, values in in_turns(ways, rounds).items()}
     images = len(unit.classes)
+
+    def arithmetic(sets: Sequence[Iterable[str]]) -> float:
+        """Mean floating-point operations of steps with such sets for one image."""
+        return statistics.fmean(2 * sum(networks[name].flops for name in names) for names in sets)
+
+    sets = [step.used(index) for index in range(ours)]
     rate = images * ours / seconds["ours"]
-    flops = rate * 2 * sum(networks[name].flops for name in used)
+    flops = rate * arithmetic(sets)
+    published_flops = images * published / seconds["published"] * arithmetic([step.used(0)])
+    elements = statistics.fmean(sum(networks[name].bn_elements for name in names) for names in sets)
     wide = 2 if precision == "bf16" else 4
     planned = cost(config, units, networks, classes)
     scale = REFERENCE_STEP_FLOPS / REFERENCE_STEP_S / flops
     return Speed(
         device=processor(device),
-        threads=torch.get_num_threads(),
-        teachers=used,
+        threads=0 if device.type == "cuda" else torch.get_num_threads(),
+        teachers=list(dict.fromkeys([*unit.logit_teachers, *unit.bn_teachers])),
         images=images,
         image_size=config.data.image_size,
         precision=precision,
         compiled=config.recover.compile,
         first_s=first,
         image_steps=rate,
-        published=images * published / seconds["published"],
+        published=rate * published_flops / flops,
         flops=flops,
         flops_limit=matmul_rate(device, precision),
-        traffic=rate * PASSES * wide * sum(networks[name].bn_elements for name in used),
+        traffic=rate * PASSES * wide * elements,
         traffic_limit=copy_rate(device),
         recover_hours=planned.recover_hours * scale,
         relabel_hours=planned.relabel_hours * scale,
@@ -177,7 +190,7 @@ class Step:
 
     Args:
         config: of the run.
-        unit: what to optimise, with the teachers of one step.
+        unit: what to optimise.
         classes: of the data.
         device: where.
     """
@@ -189,41 +202,52 @@ class Step:
         self.data = DataSpec(
             data.image_size, data.channels, tuple(data.mean or half), tuple(data.std or half), names, data.resize
         )
-        self.unit, self.device = unit, device
-        # The set is that of every step.
-        self.options = config.recover.model_copy(update={"selection": "fixed"})
+        self.unit, self.options, self.device = unit, config.recover, device
         if self.options.compile:
             prepare_compiler(device)
+        self.set_memory(True)
         self.x = torch.randn(len(unit.classes), data.channels, data.image_size, data.image_size, device=device)
         used = dict.fromkeys([*unit.logit_teachers, *unit.bn_teachers])
         teachers = {name: self._teacher(name, config.teachers[name], classes) for name in used}
-        self._published = ReferenceStep(teachers, unit.logit_teachers[0], unit.bn_teachers, self.options.r_bn)
+        # The published way has one set for good: that of the first step.
+        logit, matched = step_teachers(unit, self.options, 0)
+        self._published = ReferenceStep(teachers, logit[0], matched, self.options.r_bn)
         for teacher in teachers.values():
             teacher.to(memory_format=memory_format(teacher.network))  # type: ignore[call-overload]
         self._objective = LocalObjective(teachers, self.options)
 
     def _teacher(self, name: str, spec: TeacherSpec, classes: int) -> Teacher:
         outputs = spec.num_outputs or classes
+        if outputs < classes:
+            raise UserError(f"teachers.{name}.num_outputs: {outputs} is less than the data's {classes} classes")
         network = build_network(spec, outputs, self.data.channels)
         return Teacher(
             name, network, self.data, num_outputs=outputs, outputs=range(classes), mean=spec.mean, std=spec.std,
             input_size=spec.input_size, resize=spec.resize,
         ).to(self.device)  # fmt: skip
 
+    def used(self, index: int) -> set[str]:
+        """Teachers of a step."""
+        logit, matched = step_teachers(self.unit, self.options, index)
+        return {*logit, *matched}
+
     def ours(self, steps: int) -> Tensor:
         """Some steps as recovery makes them."""
-        self._set_memory(True)
         unit = self.unit.model_copy(update={"iterations": steps})
         return recover_unit(unit, self.x, self._objective, self.options, self.data, self.device).pixels
 
+    def warm(self) -> None:
+        """Have the memory of a worker that is at work."""
+        self.set_memory(True)
+        self.ours(1)
+
     def published(self, steps: int) -> Tensor:
         """As many the published way, in float32 without TF32."""
-        self._set_memory(False)
         y = torch.tensor(self.unit.classes, device=self.device)
         low, high = self.data.valid_range(self.x)
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         return self._published.optimise(self.x, y, steps, self.options.lr, low, high, self.options.roll)
 
-    def _set_memory(self, reuse: bool) -> None:
+    def set_memory(self, reuse: bool) -> None:
+        """As a worker has it, or as a process has it by default."""
         if self.device.type == "cpu":
             reuse_memory(reuse)

@@ -22,7 +22,8 @@ def reuse_memory(on: bool = True) -> None:
     """Whether memory that is freed stays with the process, for what it computes next on the CPU (glibc alone).
 
     glibc gives every tensor of more than 32 MB back when it is freed, and the system clears the pages of the next one,
-    which takes a third to a half of a recovery step at 224 px. Kept memory is as much as the process once needed.
+    which takes a third to a half of a recovery step at 224 px. Kept memory is as much as the process once needed, and
+    that of the main thread alone, which is where actors work.
 
     Args:
         on: False: as glibc does by itself, after it has seen large tensors.

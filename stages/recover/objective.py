@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from cluster.errors import RunError, UserError
 from stages.recover.compiled import CompiledTeacher, compiling
+from stages.recover.frozen import widen_depthwise_gradients
 from stages.recover.options import RecoverOptions
 
 if TYPE_CHECKING:
@@ -92,6 +93,8 @@ class BNTap:
         self._first, self._var_weight = options.first_bn_multiplier, options.var_weight
         self._bf16, self._compile, self._example = options.precision == "bf16", options.compile, example[:1].detach()
         self._compiled: dict[tuple[bool, bool], CompiledTeacher] = {}
+        if self._bf16 and example.device.type == "cpu":
+            widen_depthwise_gradients(teacher)
         runs: dict[nn.Module, int] = {layer: 0 for layer in teacher.bn_layers}
 
         def count(layer: nn.Module, inputs: tuple[Tensor]) -> None:
@@ -178,7 +181,7 @@ class BNTap:
         if key not in self._compiled:
             layers = self.layers if statistics else []
             self._compiled[key] = CompiledTeacher(
-                self.name, self.teacher, layers, self._distance, logits, self._example
+                self.name, self.teacher, layers, self._distance, logits, self._example, [self._var_weight]
             )
         return self._compiled[key](x)
 

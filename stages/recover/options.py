@@ -61,7 +61,7 @@ class RecoverOptions(Frozen):
             convolutions to 10 bits; ``bf16`` = teachers compute in bfloat16. Statistics, losses and pixels are float32
             in any case.
         compile: run the teachers through ``torch.compile``: fewer passes over memory and less of it, for some minutes
-            of compiling at the start of every worker. Pixels differ in their last bits.
+            of compiling, once a machine. Pixels differ in their last bits.
         checkpoint_every: keep a unit's state after every so many steps, so that it goes on from there when its worker
             is lost; 0: upon a notice of preemption only. Changes no result.
     """

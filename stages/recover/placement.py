@@ -14,7 +14,7 @@ from cluster import preemption
 from cluster.resources import ActorResources
 from stages.data import DataSpec
 from stages.device import pick_device, reuse_memory
-from stages.recover.compiled import prepare_compiler
+from stages.recover.compiler import prepare_compiler
 from stages.recover.options import RecoverOptions
 from stages.recover.split import HereLink, Part, SplitObjective, TeacherPart
 from stages.teachers.build import memory_format

@@ -8,9 +8,10 @@ that are computed and dropped, and the verifier, are not.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,11 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from stages.teachers.build import bn_layers
+
 
 class _Statistics:
     """‖v − s‖ + ‖m − μ‖ of the input of one BatchNorm layer."""
 
-    value: Tensor
+    value: Tensor | None = None
 
     def __init__(self, layer: nn.BatchNorm2d):
         layer.register_forward_pre_hook(self._measure)
@@ -45,18 +48,22 @@ class ReferenceStep:
         matched: the BN set, names of the pool.
         r_bn: weight of its loss.
         first: weight of each network's first BN layer.
+        tf32: GPUs may round factors to TF32, as nobody had switched on for the published figures.
     """
 
     def __init__(
-        self, pool: Mapping[str, nn.Module], primary: str, matched: Sequence[str], r_bn: float, first: float = 10.0
+        self,
+        pool: Mapping[str, nn.Module],
+        primary: str,
+        matched: Sequence[str],
+        r_bn: float,
+        first: float = 10.0,
+        tf32: bool = False,
     ):
         self._logits = _frozen(pool[primary])
         self._matched = [_frozen(pool[name]) for name in matched]
-        self._statistics = [
-            [_Statistics(layer) for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
-            for network in self._matched
-        ]
-        self._r_bn, self._first = r_bn, first
+        self._statistics = [[_Statistics(layer) for layer in bn_layers(network)] for network in self._matched]
+        self._r_bn, self._first, self._tf32 = r_bn, first, tf32
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         """L of the batch, a scalar.
@@ -68,8 +75,9 @@ class ReferenceStep:
         total = F.cross_entropy(self._logits(x), y)
         for network, layers in zip(self._matched, self._statistics, strict=True):
             network(x)
-            weights = [self._first] + [1.0] * (len(layers) - 1)
-            distance = sum(weight * layer.value for weight, layer in zip(weights, layers, strict=True))
+            # Without those that are there for training alone; a network without any counts as 0.
+            values = [layer.value for layer in layers if layer.value is not None]
+            distance = sum(values) + (self._first - 1) * values[0] if values else 0.0
             total = total + self._r_bn / len(self._matched) * distance
         return total
 
@@ -96,8 +104,9 @@ class ReferenceStep:
             optimizer.param_groups[0]["lr"] = 0.5 * (1 + math.cos(math.pi * step / steps)) * lr
             shift = torch.randint(0, roll + 1, (2,)).tolist()
             optimizer.zero_grad()
-            loss = self.loss(torch.roll(augment(x), shift, (2, 3)), y)
-            loss.backward()
+            with _rounding(self._tf32):
+                loss = self.loss(torch.roll(augment(x), shift, (2, 3)), y)
+                loss.backward()
             optimizer.step()
             with torch.no_grad():
                 x.clamp_(low, high)
@@ -105,6 +114,17 @@ class ReferenceStep:
                 # As published, where nobody reads it.
                 _, best_loss = x.detach().clone(), loss.item()
         return x.detach()
+
+
+@contextlib.contextmanager
+def _rounding(tf32: bool) -> Iterator[None]:
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, tf32
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
+            yield
+    finally:
+        matmul.allow_tf32 = before
 
 
 def _frozen(network: nn.Module) -> nn.Module:

@@ -5,22 +5,37 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 
-def in_turns(ways: Mapping[str, Callable[[], torch.Tensor]], rounds: int) -> dict[str, list[float]]:
+@dataclass(frozen=True)
+class Way:
+    """One of several to do the same work.
+
+    Attributes:
+        run: does it, and gives a tensor that is there when it is done.
+        ready: called before each turn, untimed: puts the process into the state that the way wants.
+    """
+
+    run: Callable[[], torch.Tensor]
+    ready: Callable[[], object] = lambda: None
+
+
+def in_turns(ways: Mapping[str, Way], rounds: int) -> dict[str, list[float]]:
     """Seconds of each way in its turns, so that what slows the machine down meanwhile slows all of them.
 
     Args:
-        ways: name → what is timed; it gives a tensor that is there when the work is done.
+        ways: by name.
         rounds: as many times each, after one that does not count: it warms up, and compiles.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
-        for name, run in ways.items():
-            spent = timed(run)
+        for name, way in ways.items():
+            way.ready()
+            spent = timed(way.run)
             if turn:
                 seconds[name].append(spent)
     return seconds

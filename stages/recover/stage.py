@@ -21,7 +21,7 @@ from cluster.runner import ActorStage, Row
 from stages.data import DataSpec
 from stages.device import pick_device, reuse_memory
 from stages.images import encode_png
-from stages.recover.compiled import prepare_compiler
+from stages.recover.compiler import prepare_compiler
 from stages.recover.core import recover_unit
 from stages.recover.objective import LocalObjective, Objective
 from stages.recover.options import Placement, RecoverOptions

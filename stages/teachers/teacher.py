@@ -76,6 +76,11 @@ class Teacher(nn.Module):
         return super().train(False)
 
     @property
+    def space(self) -> list[object]:
+        """What tells its way from the data's images to logits of the data's classes from another's, as plain values."""
+        return [self.input_size, self.resize, self._same_size, self._same_space, self._same_classes, len(self.outputs)]
+
+    @property
     def bn_layers(self) -> list[nn.BatchNorm2d]:
         """BatchNorm2d layers of the network in ``modules()`` order."""
         return bn_layers(self.network)

@@ -54,6 +54,6 @@ def test_the_comparison_runs(capsys: pytest.CaptureFixture[str]) -> None:
     recover_step.main("smoke", "1")
     found = json.loads(capsys.readouterr().out)
     for table in ("image_steps_per_s", "ratio", "peak_mb_per_image", "peak_ratio"):
-        assert found[table].keys() == {"reference", "channels_last"}
+        assert found[table].keys() == {"reference", "memory"}
     assert found["ratio"]["reference"] == found["peak_ratio"]["reference"] == 1
     assert min(found["peak_mb_per_image"].values()) > 0

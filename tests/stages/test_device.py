@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -109,3 +111,34 @@ def test_stages_keep_to_their_pool(monkeypatch, gpus, wanted):
         with pytest.raises(KeyboardInterrupt):
             stage.factory(**stage.kwargs)
     assert chosen == [wanted] * 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+def test_memory_is_kept_or_given_back() -> None:
+    """In a process of its own, for it is a switch of the whole process."""
+    script = """
+import torch
+from pathlib import Path
+from stages.device import reuse_memory
+
+def resident():
+    (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmRSS")]
+    return int(line.split()[1]) / 1024
+
+for on in (False, True, False):
+    reuse_memory(on)
+    before = resident()
+    x = torch.ones(2**25)
+    held, x = resident() - before, None
+    print(round(held), round(resident() - before))
+reuse_memory(True)
+x = torch.ones(2**25)
+x = None
+reuse_memory(False)
+print(0, round(resident() - before))
+"""
+    found = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    (off, freed), (on, kept), (_, again), (_, trimmed) = (map(int, line.split()) for line in found.splitlines())
+    assert min(off, on) > 120
+    assert kept > 120
+    assert max(freed, again, trimmed) < 30

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from torch._inductor import config
+from torch._inductor import codecache, config
+from torch._inductor.cpp_builder import CppBuilder
 from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
-from torch._inductor.utils import fresh_cache
+from torch._inductor.utils import clear_caches, fresh_cache
 
 from cluster.errors import RunError, TransientError, UserError
 from stages.data import DataSpec
-from stages.recover.compiled import prepare_compiler
+from stages.recover.compiler import kept_code, prepare_compiler
 from stages.recover.core import recover_unit
 from stages.recover.objective import BNTap, LocalObjective
 from stages.recover.options import RecoverOptions
@@ -65,6 +67,8 @@ def batch() -> tuple[Tensor, Tensor]:
 @pytest.fixture(autouse=True)
 def forget_compiled() -> Iterator[None]:
     torch.compiler.reset()
+    # It is in the folder of an earlier test.
+    codecache._precompile_header.cache_clear()
     counters.clear()
     yield
     torch.compiler.reset()
@@ -192,34 +196,87 @@ def test_every_process_compiles_in_a_folder_of_its_own(monkeypatch: pytest.Monke
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/theirs"
 
 
+@pytest.mark.slow
 def test_code_is_compiled_once_a_node(
     teachers: dict[str, Teacher], batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A later process, with a folder of its own, finds what an earlier one made; what is damaged is made again."""
-    monkeypatch.setenv("PRISM_CACHE", str(tmp_path / "cache"))
+    """A later process, with a folder of its own, calls no compiler, also where it begins with another teacher."""
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("PRISM_CACHE", str(cache))
+    built: list[str] = []
+    build = CppBuilder.build
 
-    def first_step_of_a_process() -> tuple[Tensor, int, set[str]]:
+    def watched(self: CppBuilder) -> None:
+        built.append(self._target_file)
+        build(self)
+
+    monkeypatch.setattr(CppBuilder, "build", watched)
+
+    def first_steps_of_a_process(names: list[str]) -> dict[str, Tensor]:
         monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
         prepare_compiler(torch.device("cpu"))
         torch.compiler.reset()
+        # With the libraries that this process has loaded.
+        clear_caches()
         counters.clear()
-        one = objective(teachers)
-        one.prepare(["t4"], ["t4"], batch[0][:1])
-        gradient = one.step(*batch, ["t4"], ["t4"]).gradient
-        return gradient, counters["inductor"]["fxgraph_cache_miss"], {p.name for p in (tmp_path / "cache").iterdir()}
+        built.clear()
+        found = {}
+        for name in names:
+            one = objective(teachers)
+            one.prepare([name], [name], batch[0][:1])
+            found[name] = one.step(*batch, [name], [name]).gradient
+        return found
 
-    gradient, misses, kept = first_step_of_a_process()
-    assert misses > 0
-    (archive,) = (tmp_path / "cache" / name for name in kept if not name.endswith(".lock"))
-    again, misses, same = first_step_of_a_process()
-    assert misses == 0
-    assert same == kept
-    assert torch.equal(again, gradient)
-    archive.chmod(0o600)
-    archive.write_bytes(archive.read_bytes()[:1000])
-    again, misses, _ = first_step_of_a_process()
-    assert misses > 0
-    assert torch.equal(again, gradient)
+    gradients = first_steps_of_a_process(["t4", "t6"])
+    assert built
+    archives = [path for path in cache.iterdir() if path.suffix != ".lock"]
+    assert len(archives) == 2
+    for names in (["t4", "t6"], ["t6", "t4"]):
+        again = first_steps_of_a_process(names)
+        assert not built
+        assert counters["aot_autograd"]["autograd_cache_hit"] == 2
+        assert all(torch.equal(again[name], gradients[name]) for name in names)
+    # Of the same size, so that the cache does not see it.
+    for path in archives:
+        path.chmod(0o600)
+        path.write_bytes(path.read_bytes()[:1000].ljust(path.stat().st_size, b"x"))
+    again = first_steps_of_a_process(["t4"])
+    assert built
+    assert torch.equal(again["t4"], gradients["t4"])
+
+
+def test_other_settings_are_other_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An archive that does not fit would be in the way for good."""
+    keys: list[object] = []
+    monkeypatch.setattr("stages.recover.compiled.kept_code", lambda known, compile_it: keys.append(known))
+    x = torch.randn(3, 3, 12, 12)
+    for options, size in (({}, 12), ({"var_weight": 2.0}, 12), ({"precision": "bf16"}, 12), ({}, 16)):
+        teacher = Teacher("t", Small(4, 0), DATA, num_outputs=5, input_size=size)
+        tap = BNTap("t", teacher, x[:1], RecoverOptions(compile=True, **options))
+        monkeypatch.setattr(torch, "compile", lambda function, **_: lambda x: (None, x.sum()[None]))
+        tap(x, logits=False)
+        tap(x[:2], logits=False)
+    assert len({json.dumps(key) for key in keys}) == len(keys) == 8
+
+
+def test_an_error_of_the_compiler_is_not_taken_for_one_of_the_cache(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PRISM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    prepare_compiler(torch.device("cpu"))
+    calls: list[int] = []
+
+    def full() -> None:
+        calls.append(1)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        kept_code(["x"], full)
+    assert calls == [1]
+    (tmp_path / "cache").chmod(0o777)
+    kept_code(["x"], lambda: calls.append(2))
+    assert calls == [1, 2]
 
 
 def test_a_machine_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
