@@ -62,7 +62,7 @@ class Case:
 
 
 CASES = {
-    "224": Case(("timm:resnet18", "timm:mobilenetv2_100", "timm:efficientnet_b0"), 224, 32, 1000, 3),
+    "224": Case(("timm:resnet18", "timm:mobilenetv2_100", "timm:efficientnet_b0"), 224, 32, 1000, 2),
     "32": Case(
         ("builtin:resnet10", "builtin:vgg_bn", "builtin:convnet_d3", "builtin:wrn16_2", "builtin:shufflenetv2"),
         32, 100, 100, 4,
