@@ -7,10 +7,6 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
-import torch
-from torch import Tensor
-
-from cluster.errors import UserError
 from cluster.facts import versions
 from cluster.progress import console
 from pipeline.config import Config
@@ -18,17 +14,10 @@ from pipeline.describe import class_count, cost, human
 from pipeline.plan import REFERENCE_STEP_FLOPS, REFERENCE_STEP_S, make_plan, passes_per_step
 from pipeline.preflight import check_networks
 from stages.data import DataSpec
-from stages.device import pick_device, reuse_memory
-from stages.recover.compiler import prepare_compiler
-from stages.recover.core import recover_unit
-from stages.recover.objective import LocalObjective
-from stages.recover.reference import ReferenceStep
-from stages.recover.selection import step_teachers
-from stages.recover.speed import Way, copy_rate, in_turns, matmul_rate, processor, timed
+from stages.device import pick_device
+from stages.recover.speed import Way, copy_rate, in_turns, matmul_rate, processor, thread_count, timed
+from stages.recover.timing import TimedStep
 from stages.recover.unit import RecoverUnit
-from stages.teachers.build import build_network, memory_format
-from stages.teachers.options import TeacherSpec
-from stages.teachers.teacher import Teacher
 
 # Of every BatchNorm input z = conv(a'), with a what becomes of it, in separate convolutions and one pass between two of
 # them: z is written, read, a written, read; backward ∂a written, read, z read, ∂z written, read.
@@ -138,7 +127,7 @@ def measure(config: Config, rounds: int) -> Speed:
     # The unit nearest to the mean.
     mean = statistics.fmean(work(unit) for unit in units)
     unit = min(units, key=lambda unit: (abs(work(unit) - mean), -len(unit.classes), unit.ipc))
-    step = Step(config, unit, classes, device)
+    step = TimedStep(unit, config.teachers, _data(config, classes), config.recover, device)
     first = timed(lambda: step.ours(1))
     # Where every step has a set of its own, a turn has many, and warms all of them up.
     least = MANY if config.recover.selection in ("per_step", "round_robin") else 1
@@ -166,7 +155,7 @@ def measure(config: Config, rounds: int) -> Speed:
     scale = REFERENCE_STEP_FLOPS / REFERENCE_STEP_S / flops
     return Speed(
         device=processor(device),
-        threads=0 if device.type == "cuda" else torch.get_num_threads(),
+        threads=thread_count(device),
         teachers=list(dict.fromkeys([*unit.logit_teachers, *unit.bn_teachers])),
         images=images,
         image_size=config.data.image_size,
@@ -185,69 +174,9 @@ def measure(config: Config, rounds: int) -> Speed:
     )
 
 
-class Step:
-    """A unit's steps in both ways, with fresh weights and noise for images: neither changes the speed.
-
-    Args:
-        config: of the run.
-        unit: what to optimise.
-        classes: of the data.
-        device: where.
-    """
-
-    def __init__(self, config: Config, unit: RecoverUnit, classes: int, device: torch.device):
-        data = config.data
-        half = (0.5,) * data.channels
-        names = tuple(f"class {index}" for index in range(classes))
-        self.data = DataSpec(
-            data.image_size, data.channels, tuple(data.mean or half), tuple(data.std or half), names, data.resize
-        )
-        self.unit, self.options, self.device = unit, config.recover, device
-        if self.options.compile:
-            prepare_compiler(device)
-        self.set_memory(True)
-        self.x = torch.randn(len(unit.classes), data.channels, data.image_size, data.image_size, device=device)
-        used = dict.fromkeys([*unit.logit_teachers, *unit.bn_teachers])
-        teachers = {name: self._teacher(name, config.teachers[name], classes) for name in used}
-        # The published way has one set for good: that of the first step.
-        logit, matched = step_teachers(unit, self.options, 0)
-        self._published = ReferenceStep(teachers, logit[0], matched, self.options.r_bn)
-        for teacher in teachers.values():
-            teacher.to(memory_format=memory_format(teacher.network))  # type: ignore[call-overload]
-        self._objective = LocalObjective(teachers, self.options)
-
-    def _teacher(self, name: str, spec: TeacherSpec, classes: int) -> Teacher:
-        outputs = spec.num_outputs or classes
-        if outputs < classes:
-            raise UserError(f"teachers.{name}.num_outputs: {outputs} is less than the data's {classes} classes")
-        network = build_network(spec, outputs, self.data.channels)
-        return Teacher(
-            name, network, self.data, num_outputs=outputs, outputs=range(classes), mean=spec.mean, std=spec.std,
-            input_size=spec.input_size, resize=spec.resize,
-        ).to(self.device)  # fmt: skip
-
-    def used(self, index: int) -> set[str]:
-        """Teachers of a step."""
-        logit, matched = step_teachers(self.unit, self.options, index)
-        return {*logit, *matched}
-
-    def ours(self, steps: int) -> Tensor:
-        """Some steps as recovery makes them."""
-        unit = self.unit.model_copy(update={"iterations": steps})
-        return recover_unit(unit, self.x, self._objective, self.options, self.data, self.device).pixels
-
-    def warm(self) -> None:
-        """Have the memory of a worker that is at work."""
-        self.set_memory(True)
-        self.ours(1)
-
-    def published(self, steps: int) -> Tensor:
-        """As many the published way, in float32 without TF32."""
-        y = torch.tensor(self.unit.classes, device=self.device)
-        low, high = self.data.valid_range(self.x)
-        return self._published.optimise(self.x, y, steps, self.options.lr, low, high, self.options.roll)
-
-    def set_memory(self, reuse: bool) -> None:
-        """As a worker has it, or as a process has it by default."""
-        if self.device.type == "cpu":
-            reuse_memory(reuse)
+def _data(config: Config, classes: int) -> DataSpec:
+    """The images' space, without images."""
+    data, half = config.data, (0.5,) * config.data.channels
+    names = tuple(f"class {index}" for index in range(classes))
+    mean, std = tuple(data.mean or half), tuple(data.std or half)
+    return DataSpec(data.image_size, data.channels, mean, std, names, data.resize)

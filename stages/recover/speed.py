@@ -82,6 +82,11 @@ def _best(run: Callable[[], torch.Tensor], seconds: float) -> float:
     return best
 
 
+def thread_count(device: torch.device) -> int:
+    """torch threads that compute; 0 where a GPU does."""
+    return 0 if device.type == "cuda" else torch.get_num_threads()
+
+
 def has_bf16(device: torch.device) -> bool:
     """Whether bfloat16 is computed in hardware; elsewhere it is emulated, and slow."""
     if device.type == "cuda":
