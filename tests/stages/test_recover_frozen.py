@@ -10,8 +10,13 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
+from stages.data import DataSpec
+from stages.recover.compiled import CompiledTeacher
 from stages.recover.frozen import fold_batch_norm, widen_depthwise_gradients
+from stages.recover.objective import BNTap
+from stages.recover.options import RecoverOptions
 from stages.teachers.build import bn_layers
+from stages.teachers.teacher import Teacher
 
 
 def statistics(layer: nn.BatchNorm2d) -> nn.BatchNorm2d:
@@ -108,3 +113,23 @@ def test_other_convolutions_are_left_alone() -> None:
     )  # fmt: skip
     widen_depthwise_gradients(network)
     assert {type(layer) for layer in network} == {nn.Conv2d}
+
+
+@pytest.mark.parametrize(("precision", "widened"), [("bf16", True), ("fp32", False)])
+def test_teachers_of_bf16_are_widened_on_cpus(precision: str, widened: bool) -> None:
+    data = DataSpec(8, 3, (0.5,) * 3, (0.5,) * 3, ("a", "b"))
+    depthwise = nn.Conv2d(3, 3, 3, 2, 1, groups=3)
+    network = nn.Sequential(depthwise, nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(48, 2))
+    teacher = Teacher("t", network, data, num_outputs=2)
+    BNTap("t", teacher, torch.zeros(1, 3, 8, 8), RecoverOptions.model_validate({"precision": precision}))
+    assert (type(depthwise) is not nn.Conv2d) == widened
+
+
+def test_compiled_teachers_have_folded_layers() -> None:
+    """In their copy alone."""
+    data = DataSpec(8, 3, (0.5,) * 3, (0.5,) * 3, ("a", "b"))
+    network = nn.Sequential(nn.Conv2d(3, 3, 3, 2, 1), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(48, 2))
+    teacher = Teacher("t", network, data, num_outputs=2)
+    made = CompiledTeacher("t", teacher, [network[1]], lambda layer, x: x.sum(), True, torch.zeros(1, 3, 8, 8))
+    assert "_Folded" in str(made._known[0])
+    assert type(network[1]) is nn.BatchNorm2d

@@ -66,3 +66,10 @@ def test_usual_networks(arch):
     assert found.bn_channels == [layer.num_features for layer in bn_layers(network)]
     assert found.bn_repeated == []
     assert found.parameters == sum(p.numel() for p in network.parameters())
+
+
+def test_elements_of_batch_norm_inputs() -> None:
+    """Three layers of 64 channels, each at half the size of the one before."""
+    spec = NetworkSpec(arch="builtin:convnet_d3", kwargs={"width": 64})
+    facts = describe_network(spec, num_classes=10, channels=3, image_size=32, field="x")
+    assert facts.bn_elements == 64 * (32 * 32 + 16 * 16 + 8 * 8)
