@@ -32,13 +32,22 @@ def load_on(name: str, spec: TeacherSpec, data: DataSpec, device: torch.device) 
     return teacher.to(memory_format=memory_format(teacher.network))  # type: ignore[call-overload]
 
 
-def make_part(name: str, spec: TeacherSpec, data: DataSpec, options: RecoverOptions, gpu: bool) -> TeacherPart:
-    """One teacher's part of the objective, in the process that will hold it."""
-    device = pick_device(gpu)
+def prepare_process(device: torch.device, options: RecoverOptions) -> None:
+    """What a process that will hold teachers does first.
+
+    Raises:
+        RunError: see ``prepare_compiler``.
+    """
     if options.compile:
         prepare_compiler(device)
     if device.type == "cpu":
         reuse_memory()
+
+
+def make_part(name: str, spec: TeacherSpec, data: DataSpec, options: RecoverOptions, gpu: bool) -> TeacherPart:
+    """One teacher's part of the objective, in the process that will hold it."""
+    device = pick_device(gpu)
+    prepare_process(device, options)
     return TeacherPart(name, load_on(name, spec, data, device), options, device)
 
 

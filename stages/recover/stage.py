@@ -19,13 +19,12 @@ from cluster.ledger import content_key
 from cluster.resources import ActorResources
 from cluster.runner import ActorStage, Row
 from stages.data import DataSpec
-from stages.device import pick_device, reuse_memory
+from stages.device import pick_device
 from stages.images import encode_png
-from stages.recover.compiler import prepare_compiler
 from stages.recover.core import recover_unit
 from stages.recover.objective import LocalObjective, Objective
 from stages.recover.options import Placement, RecoverOptions
-from stages.recover.placement import load_on, split_objective, unit_resources
+from stages.recover.placement import load_on, prepare_process, split_objective, unit_resources
 from stages.recover.sources import SourceReader
 from stages.recover.state import RecoveryState
 from stages.recover.unit import RecoverUnit
@@ -63,10 +62,8 @@ class RecoverStage:
     ):
         # With its teachers elsewhere, an actor computes little, and leaves the devices to them.
         self.device = pick_device(gpu and split is None)
-        if options.compile and not split:
-            prepare_compiler(self.device)
-        if self.device.type == "cpu":
-            reuse_memory()
+        if not split:
+            prepare_process(self.device, options)
         self.specs, self.split = dict(teachers), split
         here = {} if split else teachers
         self.teachers = {name: load_on(name, spec, data, self.device) for name, spec in here.items()}
