@@ -15,6 +15,7 @@ from pipeline.plan import REFERENCE_STEP_FLOPS, REFERENCE_STEP_S, make_plan, pas
 from pipeline.preflight import check_networks
 from stages.data import DataSpec
 from stages.device import pick_device
+from stages.recover.occupancy import Layout, layouts, probe
 from stages.recover.speed import Way, copy_rate, in_turns, matmul_rate, processor, thread_count, timed
 from stages.recover.timing import TimedStep
 from stages.recover.unit import RecoverUnit
@@ -47,6 +48,9 @@ class Speed:
         traffic_limit: of a copy, read and written.
         recover_hours: of the whole plan on one such machine.
         relabel_hours: the same, if forward passes get as many operations a second.
+        together: image-steps a second of several workers at the same time, with ``--probe``; None where they do not fit
+            into the memory.
+        setting: of ``resources.recover``, that makes a run do as the fastest of these.
         versions: of the libraries.
     """
 
@@ -66,6 +70,8 @@ class Speed:
     traffic_limit: float
     recover_hours: float
     relabel_hours: float
+    together: list[dict[str, float | None]]
+    setting: str | None
     versions: dict[str, str]
 
     @property
@@ -74,7 +80,7 @@ class Speed:
         return max(self.flops / self.flops_limit, self.traffic / self.traffic_limit)
 
 
-def bench(config: Config, rounds: int, price: float | None, as_json: bool) -> None:
+def bench(config: Config, rounds: int, price: float | None, *, probe: bool, as_json: bool) -> None:
     """Measure and print.
 
     Args:
@@ -82,12 +88,13 @@ def bench(config: Config, rounds: int, price: float | None, as_json: bool) -> No
             card or configuration (``input_size`` above all) has to be written out to be measured.
         rounds: of turns between the published way and ours; medians count.
         price: of an hour of this machine.
+        probe: also find out how many units at the same time are fastest.
         as_json: for programs.
 
     Raises:
         UserError: an architecture does not fit.
     """
-    found = measure(config, rounds)
+    found = measure(config, rounds, probe)
     if as_json:
         shown = {**asdict(found), "ratio": found.image_steps / found.published, "limit": found.limit}
         print(json.dumps(shown | ({} if price is None else {"recover_cost": found.recover_hours * price})))
@@ -106,13 +113,19 @@ def bench(config: Config, rounds: int, price: float | None, as_json: bool) -> No
         "limit": f"{100 * found.limit:.0f} % of what the nearer of the two allows",
         "whole plan": f"about {found.recover_hours:.3g} h recover, {found.relabel_hours:.3g} h relabel on such a one",
     }
+    for each in found.together:
+        name = f"{each['workers']} x {each['threads']} thread{'s' if each['threads'] != 1 else ''}"
+        rate = each["image_steps"]
+        lines[name] = "does not fit into the memory" if rate is None else f"{rate:.4g} image-steps/s in all workers"
+    if found.setting:
+        lines["fastest with"] = f"resources.recover.{found.setting}"
     if price is not None:
         lines["cost"] = f"{found.recover_hours * price:.2f} for recover, {found.relabel_hours * price:.2f} for relabel"
     for name, text in lines.items():
         console.print(f"{name:<14} {text}", soft_wrap=True, markup=False, highlight=False)
 
 
-def measure(config: Config, rounds: int) -> Speed:
+def measure(config: Config, rounds: int, probing: bool) -> Speed:
     """See ``bench``."""
     classes = class_count(config)
     networks = check_networks(config, classes)
@@ -152,7 +165,14 @@ def measure(config: Config, rounds: int) -> Speed:
     elements = statistics.fmean(sum(networks[name].bn_elements for name in names) for names in sets)
     wide = 2 if precision == "bf16" else 4
     planned = cost(config, units, networks, classes)
-    scale = REFERENCE_STEP_FLOPS / REFERENCE_STEP_S / flops
+    tried: dict[Layout, float | None] = {}
+    if probing:
+        for layout in layouts(device):
+            tried[layout] = probe(unit, config.teachers, step.data, config.recover, device, layout, least)
+    fitting = {layout: value for layout, value in tried.items() if value is not None}
+    best = max(fitting, key=lambda layout: fitting[layout], default=None)
+    # A run's workers are as many as the fastest.
+    scale = REFERENCE_STEP_FLOPS / REFERENCE_STEP_S / flops * rate / max(fitting.values(), default=rate)
     return Speed(
         device=processor(device),
         threads=thread_count(device),
@@ -170,8 +190,15 @@ def measure(config: Config, rounds: int) -> Speed:
         traffic_limit=copy_rate(device),
         recover_hours=planned.recover_hours * scale,
         relabel_hours=planned.relabel_hours * scale,
+        together=[{**asdict(layout), "image_steps": value} for layout, value in tried.items()],
+        setting=_setting(best, device.type) if best else None,
         versions=versions(),
     )
+
+
+def _setting(layout: Layout, kind: str) -> str:
+    """Field of ``resources.recover`` and value that make a run do so."""
+    return f"gpus={1 / layout.workers:g}" if kind == "cuda" else f"threads={layout.threads}"
 
 
 def _data(config: Config, classes: int) -> DataSpec:

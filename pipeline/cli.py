@@ -127,13 +127,16 @@ def bench(
     words: Words,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each way; medians count.")] = 3,
     price: Annotated[float | None, typer.Option(min=0, help="Of an hour of this machine, for the cost.")] = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Find out how many units at the same time this machine recovers fastest.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON for programs.")] = False,
 ) -> None:
     """Measure this machine's speed at recovery, against the published way and the machine's limits."""
     from pipeline.bench import bench as measure
     from pipeline.loading import load_config
 
-    measure(load_config(*_split(words)), rounds, price, as_json)
+    measure(load_config(*_split(words)), rounds, price, probe=probe, as_json=as_json)
 
 
 @app.command("import")

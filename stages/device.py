@@ -7,6 +7,7 @@ import ctypes
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 
 def pick_device(gpu: bool) -> torch.device:
@@ -41,6 +42,14 @@ def reuse_memory(on: bool = True) -> None:
     mallopt(top_pad, 64 << 20 if on else 128 << 10)
     if not on:
         trim(0)
+
+
+def moved(values: Tensor, device: torch.device) -> Tensor:
+    """The same values on the device; the caller does not wait for what a GPU has to do before."""
+    if device.type != "cuda" or values.device.type != "cpu":
+        return values.to(device)
+    # Only from pinned memory do copies wait in the GPU's queue instead of making the CPU wait.
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from cluster.errors import RunError, UserError
 from cluster.rng import derive_seed
 from cluster.worker import Worker
 from stages.data import DataSpec
+from stages.device import moved
 from stages.evaluate.losses import student_loss
 from stages.evaluate.options import Protocol
 from stages.evaluate.schedules import lr_multiplier
@@ -135,13 +136,15 @@ class StudentTraining:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         x = labels.render(self.images, positions, self.data, self.device).contiguous(memory_format=self._layout)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.protocol.precision == "bf16"):
+            logits = self.model(x)
         loss = student_loss(
             self.protocol,
-            self.model(x),
-            torch.from_numpy(labels.logits[positions].astype(np.float32)).to(self.device),
-            self.labels[ids].to(self.device),
-            self.labels[partners].to(self.device),
-            torch.from_numpy(labels.views.lam[ids]).to(self.device),
+            logits.float(),
+            moved(torch.from_numpy(labels.logits[positions]), self.device).float(),
+            moved(self.labels[ids], self.device),
+            moved(self.labels[partners], self.device),
+            moved(torch.from_numpy(labels.views.lam[ids]), self.device),
         )
         self.optimizer.zero_grad(set_to_none=True)
         # Workers' gradients are averaged evenly, their shares may differ by one image.

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints
 
 from cluster.resources import Frozen
+from stages.recover.options import Precision
 from stages.teachers.options import NetworkSpec
 
 StudentName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+$")]
@@ -29,6 +30,9 @@ class Protocol(Frozen):
         zeta: stretch of the last two.
         ema: decay of averaged weights that are evaluated instead; None = off.
         val_every: epochs between validations; the last epoch always counts.
+        precision: of the student's passes in training: ``fp32``; ``tf32`` = GPUs round the factors of convolutions to
+            10 bits, as torch does by itself, CPUs compute float32; ``bf16`` = bfloat16. Weights, losses and the
+            optimiser are float32.
     """
 
     name: str = Field(default="default", pattern=r"^[A-Za-z0-9_.]+$")
@@ -44,6 +48,7 @@ class Protocol(Frozen):
     zeta: float = Field(default=2.5, ge=1)
     ema: float | None = Field(default=None, gt=0, lt=1)
     val_every: int = Field(default=10, ge=1)
+    precision: Precision = "tf32"
 
 
 class EvaluateOptions(Frozen):

@@ -12,6 +12,8 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 """Decay of one of Adam's averages."""
 Placement = Literal["colocated", "per_teacher"]
 """Where the teachers of a unit live: with its pixels, or each in an actor of its own."""
+Precision = Literal["fp32", "tf32", "bf16"]
+"""float32; float32 with factors of convolutions rounded to 10 bits on GPUs; bfloat16 (autocast)."""
 
 
 class Stagger(Frozen):
@@ -87,7 +89,7 @@ class RecoverOptions(Frozen):
     flip: bool = True
     roll: int = Field(default=32, ge=0)
     batch_augment: Literal["batch", "image"] = "batch"
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     compile: bool = False
     checkpoint_every: int = Field(default=0, ge=0)
 

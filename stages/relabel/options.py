@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from cluster.resources import Frozen
-from stages.recover.options import Crop
+from stages.recover.options import Crop, Precision
 
 
 class Mix(Frozen):
@@ -30,6 +30,8 @@ class RelabelOptions(Frozen):
         epochs: label epochs = training epochs of the students.
         batch: rows over which the ensemble's norms are taken; students may train with any batch size.
         crop, flip: view of an image: RandomResizedCrop and flip with chance ½.
+        precision: of the teachers' passes: ``fp32``; ``tf32`` = GPUs round the factors of convolutions to 10 bits, as
+            torch does by itself, CPUs compute float32; ``bf16`` = bfloat16. Views and the ensemble stay float32.
     """
 
     teachers: list[str] = []
@@ -40,3 +42,4 @@ class RelabelOptions(Frozen):
     batch: int = Field(default=50, ge=1)
     crop: Crop = Crop(min_scale=0.25)
     flip: bool = True
+    precision: Precision = "tf32"

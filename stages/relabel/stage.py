@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from cluster import shards, storage
 from cluster.attempts import Attempts
@@ -80,12 +81,19 @@ class TeacherStage:
             raise RunError(f"teacher {self.name} gives logits that are not finite; check teachers.{self.name}")
         return {**row, _column(self.name): logits}
 
-    @reproducible()
-    @torch.inference_mode()
     def label(self, unit: LabelUnit) -> NDArray[np.float32]:
         """Logits [unit.num_rows, C]; every label batch is forwarded alike, whatever unit it is in."""
+        with (
+            reproducible(tf32=self.options.precision == "tf32"),
+            torch.inference_mode(),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"),
+        ):
+            return self._label(unit).cpu().numpy()
+
+    def _label(self, unit: LabelUnit) -> Tensor:
         epoch, views, done = -1, None, 0
-        out = np.empty((unit.num_rows, self.data.num_classes), np.float32)
+        # They stay on the device until all are there: a GPU that is waited for has nothing to do next.
+        out = torch.empty((unit.num_rows, self.data.num_classes), device=self.device)
         for at_epoch, start, stop in unit.batches(self.options.batch):
             if views is None or at_epoch != epoch:
                 epoch = at_epoch
@@ -93,7 +101,7 @@ class TeacherStage:
             ids = views.order[start:stop]
             for first in range(0, len(ids), MAX_FORWARD):
                 x = render_views(self.images, views, ids[first : first + MAX_FORWARD], self.data, self.device)
-                out[done : done + len(x)] = self.teacher(x).float().cpu().numpy()
+                out[done : done + len(x)] = self.teacher(x)
                 done += len(x)
         return out
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from cluster.rng import generator
 from stages.crops import draw_crops
 from stages.data import DataSpec
+from stages.device import moved
 from stages.relabel.options import RelabelOptions
 
 
@@ -118,7 +119,7 @@ def render_views(
     own = _crop_and_flip(images, views, image_ids, device)
     partner = views.partner[image_ids]
     if np.any(partner != image_ids):
-        share = _own_share(views, image_ids, images.shape[-1]).to(device)
+        share = _own_share(views, image_ids, images.shape[-1], device)
         own = own * share + _crop_and_flip(images, views, partner, device) * (1 - share)
     return data.normalise(own)
 
@@ -133,7 +134,7 @@ def _crop_and_flip(images: Tensor, views: EpochViews, image_ids: NDArray[np.int6
     flip = views.flip[image_ids][:, None]
     rows = _taps(top, height, size)
     columns = [np.where(flip, tap[:, ::-1], tap) for tap in _taps(left, width, size)]
-    pixels = images[torch.from_numpy(image_ids).to(images.device)].to(device)
+    pixels = moved(images[moved(torch.from_numpy(image_ids), images.device)], device)
     return _interpolate(_interpolate(pixels, 2, *rows), 3, *columns)
 
 
@@ -151,20 +152,22 @@ def _interpolate(x: Tensor, axis: int, lower: NDArray, upper: NDArray, weight: N
     """(1 − weight) · x[lower] + weight · x[upper] along ``axis`` (2 or 3), for each image its own taps."""
     shape = [len(x), 1, 1, 1]
     shape[axis] = lower.shape[1]
-    low, high, w = (torch.from_numpy(np.ascontiguousarray(a)).to(x.device).view(shape) for a in (lower, upper, weight))
+    low, high, w = (
+        moved(torch.from_numpy(np.ascontiguousarray(a)), x.device).view(shape) for a in (lower, upper, weight)
+    )
     a = x.gather(axis, low.expand(x.shape)).to(torch.float32)
     b = x.gather(axis, high.expand(x.shape)).to(torch.float32)
     # Not torch.lerp, whose kernels fuse and round differently by device and by place in the batch.
     return a * (1 - w) + b * w
 
 
-def _own_share(views: EpochViews, image_ids: NDArray[np.int64], size: int) -> Tensor:
+def _own_share(views: EpochViews, image_ids: NDArray[np.int64], size: int, device: torch.device) -> Tensor:
     """Weight of the own view at every pixel, [B, 1, S, S]: 0 inside a CutMix box and 1 outside, else λ."""
     box = views.box[image_ids]
-    top, left, height, width = np.rint(box * size).T[:, :, None]
-    at = np.arange(size)
+    edges = moved(torch.from_numpy(np.ascontiguousarray(np.rint(box * size).T)), device)
+    outside = moved(torch.from_numpy(np.where(box[:, 2] > 0, np.float32(1), views.lam[image_ids])), device)
+    top, left, height, width = edges[:, :, None]
+    at = torch.arange(size, device=device)
     inside_y, inside_x = (at >= top) & (at < top + height), (at >= left) & (at < left + width)
-    outside = np.where(box[:, 2] > 0, np.float32(1), views.lam[image_ids])
-    inside = inside_y[:, :, None] & inside_x[:, None, :]
-    share = np.where(inside, np.float32(0), outside[:, None, None])
-    return torch.from_numpy(share[:, None])
+    inside = inside_y[:, None, :, None] & inside_x[:, None, None, :]
+    return torch.where(inside, 0.0, outside[:, None, None, None])

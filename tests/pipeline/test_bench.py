@@ -11,6 +11,7 @@ from pipeline import bench
 from pipeline.describe import check_networks
 from pipeline.loading import load_config
 from pipeline.plan import make_plan
+from stages.recover.occupancy import Layout
 
 
 @pytest.fixture
@@ -56,8 +57,25 @@ def test_figures_belong_together(prism, config):
 def test_text(prism, config):
     code, text, err = prism("bench", config, "--rounds", 1, "recover.selection=per_step", "recover.precision=bf16")
     assert code == 0, err
+    assert "workers" not in text
     for words in ("4 images of 32 px", "bf16", "image-steps/s", "published way", "whole plan"):
         assert words in text
+
+
+def test_probe(prism, config, monkeypatch):
+    rates = {Layout(2, 1): 30.0, Layout(1, 2): 20.0, Layout(1, 4): None}
+    monkeypatch.setattr(bench, "layouts", lambda device: list(rates))
+    monkeypatch.setattr(bench, "probe", lambda *args: rates[args[5]])
+    code, text, err = prism("bench", config, "--rounds", 1, "--probe")
+    assert code == 0, err
+    assert "2 x 1 thread   30 image-steps/s" in text
+    assert "1 x 4 threads  does not fit into the memory" in text
+    assert "fastest with   resources.recover.threads=1" in text
+    code, text, err = prism("bench", config, "--rounds", 1, "--probe", "--json")
+    found = json.loads(text)
+    assert found["together"][1] == {"workers": 1, "threads": 2, "image_steps": 20.0}
+    # The plan is what two workers together need for it.
+    assert found["recover_hours"] == pytest.approx(40 * 3 * 6 / 30 / 3600)
 
 
 def test_classes_must_be_known(prism, config):
