@@ -31,7 +31,7 @@ from torch import Tensor
 from cluster import shards, storage
 from cluster.worker import Worker
 from stages.data import DataSpec
-from stages.device import pick_device, reproducible
+from stages.device import autocast, pick_device, reproducible
 from stages.evaluate.core import StudentTraining, new_student
 from stages.evaluate.losses import student_loss
 from stages.evaluate.options import Protocol
@@ -111,9 +111,9 @@ class Relabelling:
     def bare(self) -> Tensor:
         precision = self.options.precision
         with (
-            reproducible(tf32=precision == "tf32"),
+            reproducible(precision),
             torch.inference_mode(),
-            torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"),
+            autocast(self.device, precision),
         ):
             return torch.stack([self.stage.teacher(self.batch) for _ in range(self.rows // self.options.batch)]).float()
 
@@ -140,8 +140,7 @@ class Training:
         self.turn = count()
 
     def ours(self) -> Tensor:
-        with reproducible(tf32=self.protocol.precision == "tf32"):
-            return torch.tensor(self.trained.train_epoch(self.labels.read_epoch(next(self.turn) % self.epochs)))
+        return torch.tensor(self.trained.train_epoch(self.labels.read_epoch(next(self.turn) % self.epochs)))
 
     def bare(self) -> Tensor:
         model, optimizer, total = (
@@ -149,10 +148,9 @@ class Training:
             self.barely.optimizer,
             torch.zeros((), device=self.x.device),
         )
-        bf16 = self.protocol.precision == "bf16"
-        with reproducible(tf32=self.protocol.precision == "tf32"):
+        with reproducible(self.protocol.precision):
             for _ in self.barely.slices:
-                with torch.autocast(self.x.device.type, torch.bfloat16, enabled=bf16):
+                with autocast(self.x.device, self.protocol.precision):
                     logits = model(self.x)
                 loss = student_loss(self.protocol, logits.float(), self.teacher, self.y, self.y, self.lam)
                 optimizer.zero_grad(set_to_none=True)

@@ -29,10 +29,10 @@ from stages.device import reuse_memory
 from stages.recover.core import recover_unit
 from stages.recover.objective import LocalObjective
 from stages.recover.options import RecoverOptions
-from stages.recover.placement import load_on
 from stages.recover.speed import processor
 from stages.recover.stage import recover_rows, recover_stage
 from stages.recover.unit import RecoverUnit
+from stages.teachers.teacher import load_teacher
 
 CPU = torch.device("cpu")
 
@@ -65,7 +65,7 @@ def main(units: str = "6", steps: str = "100", rounds: str = "3") -> None:
             for i in range(int(units))
         ]  # fmt: skip
         options = RecoverOptions(logit_teachers=names[:1], bn_teachers=names, selection="fixed", init="noise")
-        objective = LocalObjective({name: load_on(name, spec, DATA, CPU) for name, spec in specs.items()}, options)
+        objective = LocalObjective({name: load_teacher(name, spec, DATA, CPU) for name, spec in specs.items()}, options)
         for turn in range(int(rounds)):
             bare.append(a_unit(ends(recover_unit(unit, None, objective, options, DATA, CPU) for unit in work)))
             out = storage.join(root, str(turn))

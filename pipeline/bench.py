@@ -15,7 +15,7 @@ from pipeline.plan import REFERENCE_STEP_FLOPS, REFERENCE_STEP_S, make_plan, pas
 from pipeline.preflight import check_networks
 from stages.data import DataSpec
 from stages.device import pick_device
-from stages.recover.occupancy import Layout, layouts, probe
+from stages.recover.occupancy import Sharing, probe, sharings
 from stages.recover.speed import Way, copy_rate, in_turns, matmul_rate, processor, thread_count, timed
 from stages.recover.timing import TimedStep
 from stages.recover.unit import RecoverUnit
@@ -50,7 +50,7 @@ class Speed:
         relabel_hours: the same, if forward passes get as many operations a second.
         together: image-steps a second of several workers at the same time, with ``--probe``; None where they do not fit
             into the memory.
-        setting: of ``resources.recover``, that makes a run do as the fastest of these.
+        settings: that make a run do as the fastest of these.
         versions: of the libraries.
     """
 
@@ -71,7 +71,7 @@ class Speed:
     recover_hours: float
     relabel_hours: float
     together: list[dict[str, float | None]]
-    setting: str | None
+    settings: list[str]
     versions: dict[str, str]
 
     @property
@@ -80,7 +80,7 @@ class Speed:
         return max(self.flops / self.flops_limit, self.traffic / self.traffic_limit)
 
 
-def bench(config: Config, rounds: int, price: float | None, *, probe: bool, as_json: bool) -> None:
+def bench(config: Config, rounds: int, price: float | None, *, probing: bool, as_json: bool) -> None:
     """Measure and print.
 
     Args:
@@ -88,13 +88,13 @@ def bench(config: Config, rounds: int, price: float | None, *, probe: bool, as_j
             card or configuration (``input_size`` above all) has to be written out to be measured.
         rounds: of turns between the published way and ours; medians count.
         price: of an hour of this machine.
-        probe: also find out how many units at the same time are fastest.
+        probing: also find out how many units at the same time are fastest.
         as_json: for programs.
 
     Raises:
         UserError: an architecture does not fit.
     """
-    found = measure(config, rounds, probe)
+    found = measure(config, rounds, probing)
     if as_json:
         shown = {**asdict(found), "ratio": found.image_steps / found.published, "limit": found.limit}
         print(json.dumps(shown | ({} if price is None else {"recover_cost": found.recover_hours * price})))
@@ -117,8 +117,8 @@ def bench(config: Config, rounds: int, price: float | None, *, probe: bool, as_j
         name = f"{each['workers']} x {each['threads']} thread{'s' if each['threads'] != 1 else ''}"
         rate = each["image_steps"]
         lines[name] = "does not fit into the memory" if rate is None else f"{rate:.4g} image-steps/s in all workers"
-    if found.setting:
-        lines["fastest with"] = f"resources.recover.{found.setting}"
+    if found.settings:
+        lines["fastest with"] = " ".join(found.settings)
     if price is not None:
         lines["cost"] = f"{found.recover_hours * price:.2f} for recover, {found.relabel_hours * price:.2f} for relabel"
     for name, text in lines.items():
@@ -140,7 +140,8 @@ def measure(config: Config, rounds: int, probing: bool) -> Speed:
     # The unit nearest to the mean.
     mean = statistics.fmean(work(unit) for unit in units)
     unit = min(units, key=lambda unit: (abs(work(unit) - mean), -len(unit.classes), unit.ipc))
-    step = TimedStep(unit, config.teachers, _data(config, classes), config.recover, device)
+    data = _data(config, classes)
+    step = TimedStep(unit, config.teachers, data, config.recover, device)
     first = timed(lambda: step.ours(1))
     # Where every step has a set of its own, a turn has many, and warms all of them up.
     least = MANY if config.recover.selection in ("per_step", "round_robin") else 1
@@ -165,14 +166,19 @@ def measure(config: Config, rounds: int, probing: bool) -> Speed:
     elements = statistics.fmean(sum(networks[name].bn_elements for name in names) for names in sets)
     wide = 2 if precision == "bf16" else 4
     planned = cost(config, units, networks, classes)
-    tried: dict[Layout, float | None] = {}
+    scale = REFERENCE_STEP_FLOPS / REFERENCE_STEP_S / flops
+    limits = matmul_rate(device, precision), copy_rate(device)
+    tried: dict[Sharing, float | None] = {}
     if probing:
-        for layout in layouts(device):
-            tried[layout] = probe(unit, config.teachers, step.data, config.recover, device, layout, least)
-    fitting = {layout: value for layout, value in tried.items() if value is not None}
-    best = max(fitting, key=lambda layout: fitting[layout], default=None)
-    # A run's workers are as many as the fastest.
-    scale = REFERENCE_STEP_FLOPS / REFERENCE_STEP_S / flops * rate / max(fitting.values(), default=rate)
+        # Its memory is the workers' now.
+        del step, ways
+        session = config.resources.session
+        for sharing in sharings(device, session.num_cpus or thread_count(device)):
+            tried[sharing] = probe(unit, config.teachers, data, config.recover, device, sharing, ours)
+            if tried[sharing] is None:
+                break
+    rates = {sharing: value for sharing, value in tried.items() if value is not None}
+    best = max(rates, key=lambda sharing: rates[sharing], default=None)
     return Speed(
         device=processor(device),
         threads=thread_count(device),
@@ -185,20 +191,22 @@ def measure(config: Config, rounds: int, probing: bool) -> Speed:
         image_steps=rate,
         published=rate * published_flops / flops,
         flops=flops,
-        flops_limit=matmul_rate(device, precision),
+        flops_limit=limits[0],
         traffic=rate * PASSES * wide * elements,
-        traffic_limit=copy_rate(device),
-        recover_hours=planned.recover_hours * scale,
+        traffic_limit=limits[1],
+        # A run that does as the fastest has as many workers.
+        recover_hours=planned.recover_hours * scale * (rate / rates[best] if best else 1),
         relabel_hours=planned.relabel_hours * scale,
-        together=[{**asdict(layout), "image_steps": value} for layout, value in tried.items()],
-        setting=_setting(best, device.type) if best else None,
+        together=[{**asdict(sharing), "image_steps": value} for sharing, value in tried.items()],
+        settings=_settings(best, device.type) if best else [],
         versions=versions(),
     )
 
 
-def _setting(layout: Layout, kind: str) -> str:
-    """Field of ``resources.recover`` and value that make a run do so."""
-    return f"gpus={1 / layout.workers:g}" if kind == "cuda" else f"threads={layout.threads}"
+def _settings(sharing: Sharing, kind: str) -> list[str]:
+    """Fields with which a run does so; without a number of actors it has as many as there is room for."""
+    share = f"gpus={1 / sharing.workers:g}" if kind == "cuda" else f"threads={sharing.threads}"
+    return [f"resources.recover.{share}", "resources.recover.actors=null"]
 
 
 def _data(config: Config, classes: int) -> DataSpec:

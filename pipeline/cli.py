@@ -136,7 +136,7 @@ def bench(
     from pipeline.bench import bench as measure
     from pipeline.loading import load_config
 
-    measure(load_config(*_split(words)), rounds, price, probe=probe, as_json=as_json)
+    measure(load_config(*_split(words)), rounds, price, probing=probe, as_json=as_json)
 
 
 @app.command("import")

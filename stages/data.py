@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stages.device import moved
+
 
 @dataclass(frozen=True)
 class DataSpec:
@@ -39,7 +41,7 @@ class DataSpec:
         return self.channels * self.image_size**2
 
     def _column(self, values: tuple[float, ...], like: Tensor) -> Tensor:
-        return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
+        return moved(torch.tensor(values, dtype=like.dtype), like.device).view(1, -1, 1, 1)
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 [B, C, H, W] → float32, (p / 255 − mean) / std."""

@@ -52,8 +52,13 @@ def moved(values: Tensor, device: torch.device) -> Tensor:
     return values.pin_memory().to(device, non_blocking=True)
 
 
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Networks compute in bfloat16 in its body where ``precision`` is bf16, else in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
 @contextlib.contextmanager
-def reproducible(tf32: bool | None = None) -> Iterator[None]:
+def reproducible(precision: str | None = None) -> Iterator[None]:
     """cuDNN computes the same bytes from the same work on the same GPU.
 
     No timing-based choice among its algorithms, and none that adds in whatever order threads come. That goes for all
@@ -61,14 +66,15 @@ def reproducible(tf32: bool | None = None) -> Iterator[None]:
     backward pass of adaptive pooling to more than one pixel, of interpolation).
 
     Args:
-        tf32: whether convolutions may round float32 factors to TF32, other products not; None: as the process has it.
+        precision: where it is tf32, convolutions round float32 factors to TF32, else not; other products never do.
+            None: as the process has it.
     """
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32
     cudnn.benchmark, cudnn.deterministic = False, True
-    if tf32 is not None:
+    if precision is not None:
         # Pixels are cropped and resized by matrix products, which stay exact.
-        cudnn.allow_tf32, matmul.allow_tf32 = tf32, False
+        cudnn.allow_tf32, matmul.allow_tf32 = precision == "tf32", False
     try:
         yield
     finally:

@@ -14,7 +14,7 @@ from cluster.errors import RunError, UserError
 from cluster.rng import derive_seed
 from cluster.worker import Worker
 from stages.data import DataSpec
-from stages.device import moved
+from stages.device import autocast, moved, reproducible
 from stages.evaluate.losses import student_loss
 from stages.evaluate.options import Protocol
 from stages.evaluate.schedules import lr_multiplier
@@ -110,7 +110,7 @@ class StudentTraining:
         self.model.train()
         total = torch.zeros((), device=self.device)
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
+        with reproducible(self.protocol.precision), torch.random.fork_rng(devices=devices):
             torch.manual_seed(derive_seed(self.seed, "student_epoch", self.epoch, self.rank))
             for index, batch in enumerate(self.slices):
                 progress = (self.epoch + index / len(self.slices)) / self.epochs
@@ -136,7 +136,7 @@ class StudentTraining:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         x = labels.render(self.images, positions, self.data, self.device).contiguous(memory_format=self._layout)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.protocol.precision == "bf16"):
+        with autocast(self.device, self.protocol.precision):
             logits = self.model(x)
         loss = student_loss(
             self.protocol,

@@ -30,9 +30,9 @@ class Protocol(Frozen):
         zeta: stretch of the last two.
         ema: decay of averaged weights that are evaluated instead; None = off.
         val_every: epochs between validations; the last epoch always counts.
-        precision: of the student's passes in training: ``fp32``; ``tf32`` = GPUs round the factors of convolutions to
-            10 bits, as torch does by itself, CPUs compute float32; ``bf16`` = bfloat16. Weights, losses and the
-            optimiser are float32.
+        precision: of the student's passes, in training and in validation: ``fp32``; ``tf32`` = GPUs round the factors
+            of convolutions to 10 bits, as torch does by itself, CPUs compute float32; ``bf16`` = bfloat16, in which
+            CPUs are slow at depthwise convolutions. Weights, losses and the optimiser are float32.
     """
 
     name: str = Field(default="default", pattern=r"^[A-Za-z0-9_.]+$")

@@ -86,6 +86,7 @@ def train_loop(config: dict[str, Any], indices: Iterable[int], worker: Worker) -
     train_jobs(config["out_uri"], (jobs[index] for index in indices), DataSpec(**config["data"]), worker)
 
 
+@reproducible()
 def train_jobs(out_uri: str, jobs: Iterable[StudentJob], data: DataSpec, worker: Worker) -> None:
     """Train jobs one after the other; one whose loss diverges is noted and the others go on."""
     progress_uri = storage.join(out_uri, "progress", "train_students")
@@ -105,8 +106,7 @@ def train_jobs(out_uri: str, jobs: Iterable[StudentJob], data: DataSpec, worker:
                     writer.update(epoch, job.epochs, f"{title} epoch {epoch}/{job.epochs}", **worker.share)
 
             try:
-                with reproducible(tf32=job.protocol.precision == "tf32"):
-                    train_job(store, decoded[1], data, worker, pool, say)
+                train_job(store, decoded[1], data, worker, pool, say)
             except RunError as error:
                 if worker.rank == 0:
                     store.save_failed(str(error))

@@ -18,9 +18,10 @@ from cluster.progress import StageProgress
 from cluster.resources import ActorResources
 from cluster.runner import ActorStage, Row, Runner
 from stages.data import DataSpec
-from stages.device import pick_device, reproducible
+from stages.device import autocast, pick_device, reproducible
 from stages.evaluate.jobs import StudentJob
 from stages.evaluate.store import StudentStore
+from stages.recover.options import Precision
 from stages.teachers.build import build_network, memory_format
 from stages.teachers.pixels import shared_pixels
 
@@ -31,7 +32,9 @@ BATCH = 200
 CACHE_BYTES = 2**30
 
 
-def count_correct(network: nn.Module, pixels: Tensor, labels: Tensor, data: DataSpec) -> tuple[int, int]:
+def count_correct(
+    network: nn.Module, pixels: Tensor, labels: Tensor, data: DataSpec, precision: Precision
+) -> tuple[int, int]:
     """Top-1 and top-5 hits; with fewer than five classes the latter are the hits among all of them.
 
     Args:
@@ -39,10 +42,11 @@ def count_correct(network: nn.Module, pixels: Tensor, labels: Tensor, data: Data
         pixels: uint8 [n, C, S, S].
         labels: int64 [n].
         data: normalisation.
+        precision: of the network's passes.
     """
     device, layout = next(network.parameters()).device, memory_format(network)
     top1 = top5 = 0
-    with reproducible(), torch.inference_mode():
+    with reproducible(precision), torch.inference_mode(), autocast(device, precision):
         for start in range(0, len(labels), BATCH):
             x = data.normalise(pixels[start : start + BATCH].to(device))
             logits = network(x.contiguous(memory_format=layout))
@@ -87,7 +91,7 @@ class ValidateStage:
         counts = []
         for epoch in job.val_epochs:
             network.load_state_dict(store.load_weights(epoch, self.trainings[job.id]))
-            counts.append([epoch, *count_correct(network, pixels, labels, self.data)])
+            counts.append([epoch, *count_correct(network, pixels, labels, self.data, job.protocol.precision)])
         return {
             "id": row["id"],
             "error": "",

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from cluster.errors import TransientError, UserError, first_line
-from stages.recover.compiler import OFF, kept_code
+from stages.recover.compiler import OFF, Code, kept_code
 from stages.recover.frozen import fold_batch_norm
 from stages.recover.speed import processor
 from stages.teachers.build import memory_format
@@ -25,11 +24,15 @@ from stages.teachers.build import memory_format
 if TYPE_CHECKING:
     from stages.teachers.teacher import Teacher
 
+Distance = Callable[[nn.BatchNorm2d, Tensor], Tensor]
+Found = tuple[Tensor | None, Tensor | None]
+"""Logits and distances."""
+
 
 class CompiledTeacher:
     """A compiled function [B, C, S, S] → (logits or None, distances [layers] or None); see ``compiling`` for errors.
 
-    It compiles at the first call, and at the first with images of another shape.
+    It compiles at the first call, and at the first with images of another shape. What it gives has a gradient.
 
     Args:
         name: for messages.
@@ -49,75 +52,91 @@ class CompiledTeacher:
         name: str,
         teacher: Teacher,
         layers: Sequence[nn.BatchNorm2d],
-        distance: Callable[[nn.BatchNorm2d, Tensor], Tensor],
+        distance: Distance,
         logits: bool,
         example: Tensor,
         known: Sequence[object] = (),
     ):
-        # A network with hooks for good, because compiled code keeps those that it was made with; the same weights.
-        memo: dict[int, object] = {id(tensor): tensor for tensor in (*teacher.parameters(), *teacher.buffers())}
-        seen: dict[int, Tensor] = {}
-
-        def measure_as(index: int) -> Callable[[nn.BatchNorm2d, tuple[Tensor]], None]:
-            def measure(layer: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:
-                seen[index] = distance(layer, inputs[0])
-
-            return measure
-
         try:
-            network = copy.deepcopy(teacher, memo)
-            fold_batch_norm(network)
-            for index, layer in enumerate(layers):
-                tapped = memo[id(layer)]
-                assert isinstance(tapped, nn.BatchNorm2d)
-                tapped.register_forward_pre_hook(measure_as(index))
+            self._network = _Tapped(teacher, layers, distance, logits)
             with torch.no_grad():
-                network(example)
-            if len(seen) != len(layers):
-                raise ValueError("its copy does not run its own layers")
-            seen.clear()
+                self._network(example)
         except Exception as error:
             raise UserError(
                 f"recover.compile: teacher {name} cannot be copied ({first_line(error)}); mend it, {OFF}"
             ) from None
-        count = len(layers)
-
-        def run(x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-            # Empty before and after, or torch would compile once for each. Before: the last pass may have failed.
-            seen.clear()
-            out = network(x)
-            terms = torch.stack([seen[index] for index in range(count)]) if count else None
-            seen.clear()
-            return out if logits else None, terms
-
-        # torch counts recompilations by code object, and gives up after a few: each teacher has one of its own.
-        own = types.FunctionType(run.__code__.replace(), run.__globals__, run.__name__, None, run.__closure__)
-        options: dict[str, str | int | bool | Callable[..., object]] = {
+        self._options: dict[str, Any] = {
             # No choice among kernels by their time, for they add in different orders.
             "deterministic": True,
             "shape_padding": False,
             # Where channels last are not safe, see ``memory_format``.
             "layout_optimization": memory_format(teacher.network) == torch.channels_last,
         }
+        self._code: dict[tuple[torch.Size, torch.dtype], Code] = {}
+        self._known = [repr(self._network), teacher.space, len(layers), logits, *known, self._options]
+
+    def __call__(self, x: Tensor) -> Found:
+        """Logits and distances."""
+        # As it was compiled for.
+        x = x.contiguous() if x.requires_grad else x.detach().contiguous().requires_grad_()
+        key = x.shape, x.dtype
+        with torch.enable_grad():
+            if key not in self._code:
+                about = [processor(x.device), list(x.shape), str(x.dtype), torch.is_autocast_enabled(x.device.type)]
+                self._code[key] = kept_code([*self._known, *about], lambda: self._compile(x), self._network, x)
+            found: Found = self._code[key](self._network, x)
+        return found
+
+    def _compile(self, x: Tensor) -> Code:
         # As a whole or not at all: what runs between two parts of a network would not be compiled, and which parts are
         # would depend on what the process did before.
-        self._run = torch.compile(own, dynamic=False, fullgraph=True, options=options)
-        self._ready: set[torch.Size] = set()
-        self._known = [repr(network), teacher.space, count, logits, *known, dict(options)]
+        compiled: Any = torch.compile(_pass, dynamic=False, fullgraph=True, options=self._options)
+        # Forward and backward.
+        code: Code = compiled.aot_compile(((self._network, x), {}))
+        return code
 
-    def __call__(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+
+class _Tapped(nn.Module):
+    """A copy of a teacher that shares its weights and has hooks for good, since compiled code keeps those it met.
+
+    Args:
+        teacher, layers, distance, logits: see ``CompiledTeacher``.
+    """
+
+    def __init__(self, teacher: Teacher, layers: Sequence[nn.BatchNorm2d], distance: Distance, logits: bool):
+        super().__init__()
+        memo: dict[int, object] = {id(tensor): tensor for tensor in (*teacher.parameters(), *teacher.buffers())}
+        self.network = copy.deepcopy(teacher, memo)
+        fold_batch_norm(self.network)
+        self._seen: dict[int, Tensor] = {}
+        self._count, self._logits, self._distance = len(layers), logits, distance
+        for index, layer in enumerate(layers):
+            tapped = memo[id(layer)]
+            assert isinstance(tapped, nn.BatchNorm2d)
+            tapped.register_forward_pre_hook(self._measure_as(index))
+
+    def _measure_as(self, index: int) -> Callable[[nn.BatchNorm2d, tuple[Tensor]], None]:
+        def measure(layer: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:
+            self._seen[index] = self._distance(layer, inputs[0])
+
+        return measure
+
+    def forward(self, x: Tensor) -> Found:
         """Logits and distances."""
-        if x.shape not in self._ready:
-            autocast = torch.is_autocast_enabled(x.device.type)
-            kept_code([*self._known, processor(x.device), list(x.shape), autocast], lambda: self._try_out(x))
-            self._ready.add(x.shape)
-        return self._run(x)  # type: ignore[no-any-return]
+        # Empty before and after: it is nothing that code could depend on. Before: the last pass may have failed.
+        self._seen.clear()
+        out = self.network(x)
+        if len(self._seen) != self._count:
+            raise ValueError("its copy does not run its own layers")
+        terms = torch.stack([self._seen[index] for index in range(self._count)]) if self._count else None
+        self._seen.clear()
+        return out if self._logits else None, terms
 
-    def _try_out(self, x: Tensor) -> None:
-        """Forward and backward, both of which compile at their first call."""
-        x = x.detach().requires_grad_()
-        found = [out.float().sum() for out in self._run(x) if out is not None]
-        torch.autograd.grad(torch.stack(found).sum(), [x])
+
+def _pass(network: nn.Module, x: Tensor) -> Found:
+    """What is compiled; weights are those of the network that it is called with."""
+    found: Found = network(x)
+    return found
 
 
 @contextlib.contextmanager

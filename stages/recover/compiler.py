@@ -12,8 +12,10 @@ import tempfile
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor, nn
 
 from cluster.errors import RunError
 from cluster.nodecache import node_cache
@@ -21,7 +23,9 @@ from cluster.nodecache import node_cache
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 OWN = "prism-compiled-"
 # Changes when what is kept of compiled code does.
-FORM = 1
+FORM = 2
+# Of the teacher that an archive is for: what was traced, with which libraries to load.
+GRAPH = "graph"
 OFF = "or set recover.compile=false and choose another out"
 
 
@@ -57,7 +61,23 @@ def prepare_compiler(device: torch.device) -> None:
         autograd_config.autograd_cache_allow_custom_autograd_functions = True
 
 
-def kept_code(known: Sequence[object], compile_it: Callable[[], None]) -> None:
+class Code(Protocol):
+    """What torch compiles ahead of time, for arguments like those that it was given."""
+
+    def __call__(self, *arguments: Any) -> Any:
+        """As the function that was compiled."""
+        ...
+
+    def guard_check(self, *arguments: Any) -> bool:
+        """Whether it was compiled for arguments like these."""
+        ...
+
+    def save_compiled_function(self, path: str, *, external_data: dict[str, object]) -> None:
+        """Write what ``torch.compiler.load_compiled_function`` reads."""
+        ...
+
+
+def kept_code(known: Sequence[object], compile_it: Callable[[], Code], network: nn.Module, x: Tensor) -> Code:
     """Compile, with the help of what another process of this node compiled, or so that later ones are helped.
 
     One process at a time makes the code for what is ``known``, and the others wait for it. torch looks closer at what
@@ -65,24 +85,29 @@ def kept_code(known: Sequence[object], compile_it: Callable[[], None]) -> None:
 
     Args:
         known: plain values that the code depends on.
-        compile_it: does it in this process's folder, quickly where the code is there.
+        compile_it: does it in this process's folder.
+        network: the code's first argument, no part of which is kept.
+        x: its second one.
     """
     folder = Path(os.environ.get(CACHE, ""))
     if not folder.name.startswith(OWN):
-        # The user's, where torch keeps it.
+        # The user's, where torch keeps most of it.
         return compile_it()
     failed: list[Exception] = []
-    done = False
+    made: list[Code] = []
+    external: dict[str, object] = {"network": network}
+    graph = folder / GRAPH
 
     def fill(path: Path, reserve: Callable[[int], None]) -> None:
-        nonlocal done
         try:
-            compile_it()
+            made.append(compile_it())
         except Exception as error:
             # The cache would take some errors for its own.
             failed.append(error)
             raise
-        done = True
+        # Without it, other processes find the code all the same, after they traced the network again.
+        with contextlib.suppress(Exception):
+            made[0].save_compiled_function(str(graph), external_data=external)
         # All of it: code that an earlier teacher had in common with this one was not made again.
         files = [file for file in folder.rglob("*") if file.is_file() and file.suffix != ".lock"]
         reserve(sum(file.stat().st_size for file in files))
@@ -91,15 +116,22 @@ def kept_code(known: Sequence[object], compile_it: Callable[[], None]) -> None:
                 archive.add(file, file.relative_to(folder))
 
     machine = [torch.__version__, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
+    graph.unlink(missing_ok=True)
     kept = node_cache().make(["compiled", FORM, *machine, *known], fill)
     if failed:
         raise failed[0]
-    if done:
-        return None
+    if made:
+        return made[0]
     if kept:
         # Without it, everything is compiled here.
         with contextlib.suppress(OSError, tarfile.TarError, EOFError, zlib.error):
             _unpack(kept, folder)
+    # torch says that this form may change, and a network of the user's may not be there under the name it had.
+    with contextlib.suppress(Exception), graph.open("rb") as file:
+        code: Any = torch.compiler.load_compiled_function(file, external_data=external)
+        if code.guard_check(network, x):
+            found: Code = code
+            return found
     return compile_it()
 
 

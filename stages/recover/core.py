@@ -120,7 +120,7 @@ def recover_unit(
             done, x.detach(), adam["exp_avg"], adam["exp_avg_sq"], int(first_bad), dict(last_bn), list(log)
         )
 
-    with reproducible(tf32=options.precision == "tf32"):
+    with reproducible(options.precision):
         for step in range(begin, unit.iterations):
             logit_names, bn_names = step_teachers(unit, options, step)
             drawn = draw_augmentation(unit.seed, step, len(x), data.image_size, options)

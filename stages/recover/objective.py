@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cluster.errors import RunError, UserError
+from stages.device import autocast
 from stages.recover.compiled import CompiledTeacher, compiling
 from stages.recover.frozen import widen_depthwise_gradients
 from stages.recover.options import RecoverOptions
@@ -67,6 +68,21 @@ class _LayerDistance(torch.autograd.Function):
         return gradient.to(x.dtype), None, None, None
 
 
+def layer_distance(layer: nn.BatchNorm2d, x: Tensor, var_weight: float) -> Tensor:
+    """r_l for the input ``x`` of a layer."""
+    distance: Tensor = _LayerDistance.apply(x, layer.running_mean, layer.running_var, var_weight)
+    return distance
+
+
+def _weighing(var_weight: float) -> Callable[[nn.BatchNorm2d, Tensor], Tensor]:
+    """``layer_distance`` alone: what compiled code refers to is kept with it."""
+
+    def distance(layer: nn.BatchNorm2d, x: Tensor) -> Tensor:
+        return layer_distance(layer, x, var_weight)
+
+    return distance
+
+
 class _AllSeen(Exception):
     """Every BN input has been measured; the rest of the network has nothing to add."""
 
@@ -91,9 +107,9 @@ class BNTap:
     def __init__(self, name: str, teacher: Teacher, example: Tensor, options: RecoverOptions):
         self.name, self.teacher = name, teacher
         self._first, self._var_weight = options.first_bn_multiplier, options.var_weight
-        self._bf16, self._compile, self._example = options.precision == "bf16", options.compile, example[:1].detach()
+        self._precision, self._compile, self._example = options.precision, options.compile, example[:1].detach()
         self._compiled: dict[tuple[bool, bool], CompiledTeacher] = {}
-        if self._bf16 and example.device.type == "cpu":
+        if self._precision == "bf16" and example.device.type == "cpu":
             widen_depthwise_gradients(teacher)
         runs: dict[nn.Module, int] = {layer: 0 for layer in teacher.bn_layers}
 
@@ -138,7 +154,7 @@ class BNTap:
         out, terms = None, None
         if logits or statistics:
             forward = self._compiled_forward if self._compile else self._forward
-            with compiling(), torch.autocast(x.device.type, torch.bfloat16, enabled=self._bf16):
+            with compiling(), autocast(x.device, self._precision):
                 out, terms = forward(x, logits, statistics)
         if out is not None:
             out = out.to(torch.promote_types(out.dtype, torch.float32))
@@ -149,11 +165,6 @@ class BNTap:
         total = terms.sum() + (self._first - 1) * terms[0]
         return out, total if self._of_all is None else total / self._of_all
 
-    def _distance(self, layer: nn.BatchNorm2d, x: Tensor) -> Tensor:
-        """r_l for the input ``x`` of a layer."""
-        distance: Tensor = _LayerDistance.apply(x, layer.running_mean, layer.running_var, self._var_weight)
-        return distance
-
     def _forward(self, x: Tensor, logits: bool, statistics: bool) -> tuple[Tensor | None, Tensor | None]:
         """Logits, and the distances r_l of ``layers``."""
         if not statistics:
@@ -161,7 +172,7 @@ class BNTap:
         seen: dict[nn.Module, Tensor] = {}
 
         def measure(layer: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:
-            seen[layer] = self._distance(layer, inputs[0])
+            seen[layer] = layer_distance(layer, inputs[0], self._var_weight)
             if not logits and len(seen) == len(self.layers):
                 raise _AllSeen
 
@@ -181,7 +192,7 @@ class BNTap:
         if key not in self._compiled:
             layers = self.layers if statistics else []
             self._compiled[key] = CompiledTeacher(
-                self.name, self.teacher, layers, self._distance, logits, self._example, [self._var_weight]
+                self.name, self.teacher, layers, _weighing(self._var_weight), logits, self._example, [self._var_weight]
             )
         return self._compiled[key](x)
 

@@ -7,18 +7,21 @@ computes alone.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 
 import torch
 
-from cluster.errors import RunError
+from cluster.errors import PrismError, RunError, first_line
+from cluster.resources import WORKER_BYTES
 from stages.data import DataSpec
 from stages.recover.options import RecoverOptions
 from stages.recover.timing import TimedStep
@@ -27,11 +30,13 @@ from stages.teachers.options import TeacherSpec
 
 # Units on one GPU at the same time that are tried.
 GPU_WORKERS = (1, 2, 4)
+# What the libraries say where memory is lacking, beside exceptions of their own for it.
+NO_MEMORY = ("out of memory", "allocate memory", "alloc_failed")
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Workers on one device.
+class Sharing:
+    """A device among workers.
 
     Attributes:
         workers: processes, a unit each.
@@ -42,13 +47,19 @@ class Layout:
     threads: int
 
 
-def layouts(device: torch.device) -> list[Layout]:
-    """Those to try: 1, 2 or 4 workers on a GPU; on CPUs all cores, shared among more and more threads a worker."""
+def sharings(device: torch.device, cpus: int) -> list[Sharing]:
+    """Those to try, from few workers to many.
+
+    Args:
+        device: on a GPU 1, 2 or 4 workers.
+        cpus: else all of them, as evenly shared as threads can be that are a power of two; no more workers than the
+            machine has memory for.
+    """
     if device.type == "cuda":
-        return [Layout(workers, 1) for workers in GPU_WORKERS]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    powers = [2**power for power in range(cores.bit_length()) if 2**power < cores]
-    return [Layout(max(1, cores // threads), threads) for threads in [*powers, cores]]
+        return [Sharing(workers, 1) for workers in GPU_WORKERS]
+    most = max(1, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // int(WORKER_BYTES))
+    even = [cpus, *(2**power for power in reversed(range(cpus.bit_length())) if 2**power < cpus)]
+    return [Sharing(cpus // threads, threads) for threads in even if not cpus % threads and cpus // threads <= most]
 
 
 def probe(
@@ -57,11 +68,11 @@ def probe(
     data: DataSpec,
     options: RecoverOptions,
     device: torch.device,
-    layout: Layout,
-    steps: int = 1,
-    seconds: float = 5.0,
+    sharing: Sharing,
+    steps: int,
+    turns: int = 3,
 ) -> float | None:
-    """Image-steps a second of all workers of a layout together.
+    """Image-steps a second of all workers together.
 
     Args:
         unit: see ``TimedStep``, as the next four.
@@ -69,38 +80,66 @@ def probe(
         data: of the images.
         options: of recovery.
         device: where.
-        layout: the workers.
-        steps: made at a time; several where each has teachers of its own.
-        seconds: as long, after every worker has made as many steps.
+        sharing: the workers.
+        steps: of a turn; so many that what begins and ends a unit does not count for much.
+        turns: that each worker makes, after one that does not count.
 
     Returns:
         None: they do not fit into the memory.
+
+    Raises:
+        RunError: a worker failed for another reason.
     """
+    if device.type == "cuda":
+        # What this process keeps for later is the workers' now.
+        gc.collect()
+        torch.cuda.empty_cache()
     context = multiprocessing.get_context("spawn")
-    barrier = context.Barrier(layout.workers)
-    work = unit, dict(specs), data, options, str(device), layout.threads, steps, seconds
-    with ProcessPoolExecutor(layout.workers, context, initializer=_meet_at, initargs=(barrier,)) as pool:
-        found = [pool.submit(_rate, *work) for _ in range(layout.workers)]
-        errors = [error for error in (future.exception() for future in found) if error]
-        # The others' errors only say that one had an error.
-        first = next((error for error in errors if not isinstance(error, threading.BrokenBarrierError)), None)
-    if isinstance(first, torch.OutOfMemoryError | MemoryError | BrokenProcessPool):
-        return None
-    if errors:
-        raise first or RunError("a worker of the probe did not get ready; run again")
-    return sum(future.result() for future in found)
+    barrier = context.Barrier(sharing.workers)
+    work = unit, dict(specs), data, options, str(device), sharing.threads, steps, turns
+    workers: list[tuple[Connection, BaseProcess]] = []
+    for _ in range(sharing.workers):
+        here, there = context.Pipe(duplex=False)
+        process = context.Process(target=_work, args=(there, barrier, *work), daemon=True)
+        process.start()
+        # Of the worker alone, so that its end shows.
+        there.close()
+        workers.append((here, process))
+    try:
+        return _total(workers)
+    finally:
+        for _, worker in workers:
+            # Those that wait for one that will not come.
+            worker.terminate()
+            worker.join()
 
 
-_barrier: threading.Barrier | None = None
+def _total(workers: list[tuple[Connection, BaseProcess]]) -> float | None:
+    """Sum of the rates as they come in; see ``probe``."""
+    total, left = 0.0, list(workers)
+    while left:
+        ready = wait([connection for connection, _ in left])
+        answered = [worker for worker in left if worker[0] in ready]
+        left = [worker for worker in left if worker not in answered]
+        for connection, process in answered:
+            try:
+                rate, reason, memory = connection.recv()
+            except EOFError:
+                process.join()
+                rate, reason = None, f"it ended with exit code {process.exitcode}"
+                # So ends Linux what takes too much.
+                memory = process.exitcode == -signal.SIGKILL
+            if memory:
+                return None
+            if rate is None:
+                raise RunError(f"a worker of the probe failed ({reason}); mend that, or leave --probe out")
+            total += rate
+    return total
 
 
-def _meet_at(barrier: threading.Barrier) -> None:
-    """For a worker: where it meets the others."""
-    global _barrier
-    _barrier = barrier
-
-
-def _rate(
+def _work(
+    answer: Connection,
+    barrier: threading.Barrier,
     unit: RecoverUnit,
     specs: Mapping[str, TeacherSpec],
     data: DataSpec,
@@ -108,20 +147,19 @@ def _rate(
     device: str,
     threads: int,
     steps: int,
-    seconds: float,
-) -> float:
-    """Of this worker, in its own process."""
-    assert _barrier is not None
+    turns: int,
+) -> None:
+    """A worker. Answers with (its rate or None, why there is none, whether that is for want of memory)."""
     torch.set_num_threads(threads)
     try:
         step = TimedStep(unit, specs, data, options, torch.device(device))
-        step.ours(steps)
-    except BaseException:
-        _barrier.abort()
-        raise
-    _barrier.wait()
-    start, done = time.perf_counter(), 0
-    while (spent := time.perf_counter() - start) < seconds:
         step.ours(steps).sum().item()
-        done += steps
-    return len(unit.classes) * done / spent
+        barrier.wait()
+        start = time.perf_counter()
+        for _ in range(turns):
+            step.ours(steps).sum().item()
+        answer.send((len(unit.classes) * steps * turns / (time.perf_counter() - start), "", False))
+    except Exception as error:
+        text = str(error).lower()
+        memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in text for words in NO_MEMORY)
+        answer.send((None, str(error) if isinstance(error, PrismError) else first_line(error), memory))

@@ -17,19 +17,11 @@ from stages.device import pick_device, reuse_memory
 from stages.recover.compiler import prepare_compiler
 from stages.recover.options import RecoverOptions
 from stages.recover.split import HereLink, Part, SplitObjective, TeacherPart
-from stages.teachers.build import memory_format
 from stages.teachers.options import TeacherSpec
-from stages.teachers.teacher import Teacher, load_teacher
+from stages.teachers.teacher import load_teacher
 
 # An actor whose teachers are elsewhere waits for them most of the time.
 UNIT_CPUS = 0.1
-
-
-def load_on(name: str, spec: TeacherSpec, data: DataSpec, device: torch.device) -> Teacher:
-    """A teacher as recovery wants it."""
-    teacher = load_teacher(name, spec, data, device)
-    # Weights of a layout make convolutions lay out their activations likewise.
-    return teacher.to(memory_format=memory_format(teacher.network))  # type: ignore[call-overload]
 
 
 def prepare_process(device: torch.device, options: RecoverOptions) -> None:
@@ -48,7 +40,7 @@ def make_part(name: str, spec: TeacherSpec, data: DataSpec, options: RecoverOpti
     """One teacher's part of the objective, in the process that will hold it."""
     device = pick_device(gpu)
     prepare_process(device, options)
-    return TeacherPart(name, load_on(name, spec, data, device), options, device)
+    return TeacherPart(name, load_teacher(name, spec, data, device), options, device)
 
 
 def unit_resources(resources: ActorResources) -> ActorResources:

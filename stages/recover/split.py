@@ -77,7 +77,7 @@ class TeacherPart:
             ce_weight: of the cross-entropy; None: it is not wanted, and not computed.
             bn_weight: of L_BN, likewise.
         """
-        with reproducible(tf32=self._options.precision == "tf32"):
+        with reproducible(self._options.precision):
             x = self._load(batch).requires_grad_()
             loss, ce, l_bn = x.new_zeros(()), None, None
             logits, distance = self._tapped(batch)(x, ce_weight is not None, bn_weight is not None)

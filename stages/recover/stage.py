@@ -24,11 +24,12 @@ from stages.images import encode_png
 from stages.recover.core import recover_unit
 from stages.recover.objective import LocalObjective, Objective
 from stages.recover.options import Placement, RecoverOptions
-from stages.recover.placement import load_on, prepare_process, split_objective, unit_resources
+from stages.recover.placement import prepare_process, split_objective, unit_resources
 from stages.recover.sources import SourceReader
 from stages.recover.state import RecoveryState
 from stages.recover.unit import RecoverUnit
 from stages.teachers.options import TeacherSpec
+from stages.teachers.teacher import load_teacher
 
 log = logging.getLogger("prism")
 
@@ -66,7 +67,7 @@ class RecoverStage:
             prepare_process(self.device, options)
         self.specs, self.split = dict(teachers), split
         here = {} if split else teachers
-        self.teachers = {name: load_on(name, spec, data, self.device) for name, spec in here.items()}
+        self.teachers = {name: load_teacher(name, spec, data, self.device) for name, spec in here.items()}
         # One for all units, which share what it compiles.
         self.objective: Objective | None = None if split else LocalObjective(self.teachers, options)
         self.out, self.data, self.options, self.identity = out, data, options, identity

@@ -22,7 +22,7 @@ from cluster.ledger import content_key
 from cluster.resources import ActorResources
 from cluster.runner import ActorStage, Row
 from stages.data import DataSpec
-from stages.device import pick_device, reproducible
+from stages.device import autocast, pick_device, reproducible
 from stages.imageset import load_image_set
 from stages.relabel.ensemble import combine
 from stages.relabel.options import RelabelOptions
@@ -84,9 +84,9 @@ class TeacherStage:
     def label(self, unit: LabelUnit) -> NDArray[np.float32]:
         """Logits [unit.num_rows, C]; every label batch is forwarded alike, whatever unit it is in."""
         with (
-            reproducible(tf32=self.options.precision == "tf32"),
+            reproducible(self.options.precision),
             torch.inference_mode(),
-            torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"),
+            autocast(self.device, self.options.precision),
         ):
             return self._label(unit).cpu().numpy()
 

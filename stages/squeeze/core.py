@@ -13,6 +13,7 @@ from torch import Tensor
 from cluster.errors import RunError
 from cluster.rng import derive_seed, generator
 from cluster.worker import Worker
+from stages.device import autocast
 from stages.squeeze.augment import augmented
 from stages.squeeze.data import RealImages
 from stages.squeeze.options import SqueezeOptions
@@ -57,8 +58,8 @@ class TeacherTraining:
         self.optimizer = make_optimizer(
             self.network, options.optimizer, lr, options.weight_decay, options.momentum, nesterov=options.momentum > 0
         )
-        bf16 = options.precision == "bf16" or (options.precision == "auto" and self.device.type == "cuda")
-        self._autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+        auto = "bf16" if self.device.type == "cuda" else "fp32"
+        self._autocast = autocast(self.device, auto if options.precision == "auto" else options.precision)
         self.epoch = 0
         self.losses: list[float] = []
         self.accuracies: list[float] = []

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cluster.errors import UserError
 from stages.data import DataSpec
-from stages.teachers.build import bn_layers, build_network
+from stages.teachers.build import bn_layers, build_network, memory_format
 from stages.teachers.card import TeacherCard, card_beside
 from stages.teachers.options import PRETRAINED, TeacherSpec
 from stages.teachers.pretrained import Pretrained, load_pretrained
@@ -160,7 +160,8 @@ def load_teacher(name: str, spec: TeacherSpec, data: DataSpec, device: str | tor
         message = str(error)
         raise (error if message.startswith(field) else UserError(f"{field}: {message}")) from None
     _try_out(teacher, field)
-    return teacher.to(device)
+    # Weights of a layout make convolutions lay out their activations likewise.
+    return teacher.to(device=device, memory_format=memory_format(teacher.network))  # type: ignore[call-overload]
 
 
 def fresh_teacher(name: str, spec: TeacherSpec, data: DataSpec, seed: int) -> Teacher:

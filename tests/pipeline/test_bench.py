@@ -11,7 +11,7 @@ from pipeline import bench
 from pipeline.describe import check_networks
 from pipeline.loading import load_config
 from pipeline.plan import make_plan
-from stages.recover.occupancy import Layout
+from stages.recover.occupancy import Sharing
 
 
 @pytest.fixture
@@ -57,25 +57,29 @@ def test_figures_belong_together(prism, config):
 def test_text(prism, config):
     code, text, err = prism("bench", config, "--rounds", 1, "recover.selection=per_step", "recover.precision=bf16")
     assert code == 0, err
-    assert "workers" not in text
+    assert "fastest with" not in text
     for words in ("4 images of 32 px", "bf16", "image-steps/s", "published way", "whole plan"):
         assert words in text
 
 
 def test_probe(prism, config, monkeypatch):
-    rates = {Layout(2, 1): 30.0, Layout(1, 2): 20.0, Layout(1, 4): None}
-    monkeypatch.setattr(bench, "layouts", lambda device: list(rates))
+    rates = {Sharing(1, 4): 20.0, Sharing(2, 2): 30.0, Sharing(4, 1): None, Sharing(8, 1): 40.0}
+    asked = []
+    monkeypatch.setattr(bench, "sharings", lambda device, cpus: asked.append(cpus) or list(rates))
     monkeypatch.setattr(bench, "probe", lambda *args: rates[args[5]])
-    code, text, err = prism("bench", config, "--rounds", 1, "--probe")
+    code, text, err = prism("bench", config, "--rounds", 1, "--probe", "resources.session.num_cpus=4")
     assert code == 0, err
-    assert "2 x 1 thread   30 image-steps/s" in text
-    assert "1 x 4 threads  does not fit into the memory" in text
-    assert "fastest with   resources.recover.threads=1" in text
+    assert asked == [4]
+    assert "1 x 4 threads  20 image-steps/s" in text
+    assert "4 x 1 thread   does not fit into the memory" in text
+    assert "fastest with   resources.recover.threads=2 resources.recover.actors=null" in text
+    assert "8 x" not in text, "more workers need more memory"
     code, text, err = prism("bench", config, "--rounds", 1, "--probe", "--json")
     found = json.loads(text)
-    assert found["together"][1] == {"workers": 1, "threads": 2, "image_steps": 20.0}
+    assert found["together"][1] == {"workers": 2, "threads": 2, "image_steps": 30.0}
     # The plan is what two workers together need for it.
     assert found["recover_hours"] == pytest.approx(40 * 3 * 6 / 30 / 3600)
+    load_config(str(config), found["settings"])
 
 
 def test_classes_must_be_known(prism, config):

@@ -68,7 +68,7 @@ WORK = {
     "squeeze": squeeze,
     "evaluate": lambda flags, folder: train_jobs(folder, flags.note(), DATA, Worker()),
     "validate": lambda flags, folder: count_correct(
-        flags, torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), DATA
+        flags, torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), DATA, "tf32"
     ),
 }
 
@@ -105,7 +105,7 @@ def test_stages_keep_to_their_pool(monkeypatch, gpus, wanted):
     ]
     images = type("Images", (), {"images_near": lambda self, device: torch.zeros(1)})()
     monkeypatch.setattr("stages.relabel.stage.load_image_set", lambda *args: images)
-    for module in ("recover.placement", "relabel.stage", "evaluate.diversity"):
+    for module in ("recover.stage", "relabel.stage", "evaluate.diversity"):
         monkeypatch.setattr(f"stages.{module}.load_teacher", load)
     for stage in stages:
         with pytest.raises(KeyboardInterrupt):

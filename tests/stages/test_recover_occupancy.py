@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from cluster.errors import RunError
 from stages.data import DataSpec
-from stages.recover.occupancy import Layout, layouts, probe
+from stages.recover.occupancy import Sharing, probe, sharings
 from stages.recover.options import RecoverOptions
 from stages.recover.unit import RecoverUnit
 from stages.teachers.options import TeacherSpec
@@ -21,7 +22,7 @@ UNIT = RecoverUnit(
 )  # fmt: skip
 
 MINE = """
-import os
+import os, time
 from torch import nn
 
 class Network(nn.Sequential):
@@ -29,39 +30,65 @@ class Network(nn.Sequential):
         super().__init__(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
 
     def forward(self, x):
-        {line}
+        {code}
 """
 
 
-def rate(arch: str, workers: int) -> float | None:
+def rate(arch: str, workers: int, turns: int = 1) -> float | None:
     specs = {"a": TeacherSpec(arch=arch)}
-    return probe(UNIT, specs, DATA, RecoverOptions(iterations=9), CPU, Layout(workers, 1), 1, 0.1)
+    return probe(UNIT, specs, DATA, RecoverOptions(iterations=9), CPU, Sharing(workers, 1), 2, turns)
 
 
-def test_two_workers_at_once() -> None:
-    found = rate("builtin:convnet_d3", 2)
-    assert found is not None
-    assert found > 0
-
-
-def mine(folder: Path, line: str) -> str:
-    (folder / "mine.py").write_text(MINE.format(line=line))
+def mine(folder: Path, code: str) -> str:
+    """An architecture with this for its forward pass."""
+    (folder / "mine.py").write_text(MINE.format(code=code.strip()))
     return f"user:{folder}/mine.py:Network"
 
 
-@pytest.mark.parametrize("line", ["os._exit(9)", "raise MemoryError"])
+def test_workers_start_together_and_all_count(tmp_path: Path) -> None:
+    """Each writes down when it makes a step; one takes a second longer to get ready."""
+    code = f"""
+        folder = {str(tmp_path)!r}
+        try:
+            os.mkdir(folder + "/late")
+            time.sleep(1)
+        except FileExistsError:
+            pass
+        with open(folder + "/" + str(os.getpid()), "a") as file:
+            file.write(str(time.time()) + " ")
+        return super().forward(x)
+    """
+    found = rate(mine(tmp_path, code), 2, turns=3)
+    assert found is not None
+    times = [[float(word) for word in file.read_text().split()] for file in tmp_path.glob("[0-9]*")]
+    # The last turns: three of two steps.
+    first, second = (each[-6:] for each in times)
+    assert abs(first[0] - second[0]) < 0.8
+    # Faster than either alone: the steps of both, in the time of the longer.
+    assert found > 1.1 * 3 * 6 / max(each[-1] - each[0] + (each[1] - each[0]) * 2 for each in (first, second))
+
+
+@pytest.mark.parametrize(
+    "line", ["os.kill(os.getpid(), 9)", "raise MemoryError", "raise RuntimeError('cannot allocate memory for it')"]
+)
 def test_workers_that_find_no_memory(tmp_path: Path, line: str) -> None:
     assert rate(mine(tmp_path, line), 2) is None
 
 
-def test_other_errors_are_told(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="not for this"):
-        rate(mine(tmp_path, "raise ValueError('not for this')"), 2)
+@pytest.mark.parametrize(
+    ("line", "words"), [("raise ValueError('not for this')", "not for this"), ("os._exit(9)", "exit code 9")]
+)
+def test_other_failures_are_told(tmp_path: Path, line: str, words: str) -> None:
+    with pytest.raises(RunError, match=words):
+        rate(mine(tmp_path, line), 2)
 
 
-def test_layouts_use_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
-    assert layouts(CPU) == [Layout(6, 1), Layout(3, 2), Layout(1, 4), Layout(1, 6)]
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
-    assert layouts(CPU) == [Layout(1, 1)]
-    assert layouts(torch.device("cuda")) == [Layout(1, 1), Layout(2, 1), Layout(4, 1)]
+def test_all_cpus_are_used_and_no_more_memory_than_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = {"SC_PHYS_PAGES": 100 * 2**18, "SC_PAGE_SIZE": 2**12}
+    monkeypatch.setattr(os, "sysconf", memory.get)
+    assert sharings(CPU, 8) == [Sharing(1, 8), Sharing(2, 4), Sharing(4, 2), Sharing(8, 1)]
+    assert sharings(CPU, 6) == [Sharing(1, 6), Sharing(3, 2), Sharing(6, 1)]
+    assert sharings(CPU, 1) == [Sharing(1, 1)]
+    memory["SC_PHYS_PAGES"] = 10 * 2**18
+    assert sharings(CPU, 8) == [Sharing(1, 8), Sharing(2, 4), Sharing(4, 2)]
+    assert sharings(torch.device("cuda"), 8) == [Sharing(1, 1), Sharing(2, 1), Sharing(4, 1)]

@@ -300,8 +300,8 @@ recover: ipc logit_teachers bn_teachers selection include_prob max_bn_teachers f
     r_bn chunk init iterations stagger stagger.drop stagger.modulo lr betas crop crop.min_scale flip roll batch_augment
     precision
 relabel: teachers ensemble priors priors.res priors.conv priors.mob priors.plain.v1 mix mix.kind mix.alpha epochs batch
-    crop crop.min_scale flip
-evaluate.protocol: loss ce_weight temperature optimizer lr momentum weight_decay batch schedule zeta ema
+    crop crop.min_scale flip precision
+evaluate.protocol: loss ce_weight temperature optimizer lr momentum weight_decay batch schedule zeta ema precision
 """
 
 
