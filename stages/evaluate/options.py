@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints
 
 from cluster.resources import Frozen
-from stages.recover.options import Precision
+from stages.recover.options import UNSAID_PRECISION, Precision
 from stages.teachers.options import NetworkSpec
 
 StudentName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+$")]
@@ -48,7 +48,7 @@ class Protocol(Frozen):
     zeta: float = Field(default=2.5, ge=1)
     ema: float | None = Field(default=None, gt=0, lt=1)
     val_every: int = Field(default=10, ge=1)
-    precision: Precision = "tf32"
+    precision: Precision = UNSAID_PRECISION
 
 
 class EvaluateOptions(Frozen):

@@ -15,6 +15,9 @@ Placement = Literal["colocated", "per_teacher"]
 Precision = Literal["fp32", "tf32", "bf16"]
 """float32; float32 with factors of convolutions rounded to 10 bits on GPUs; bfloat16 (autocast)."""
 
+UNSAID_PRECISION: Precision = "tf32"
+"""What torch does where nothing is said, as was done before there was a choice."""
+
 
 class Stagger(Frozen):
     """Fewer steps for later indices (DELT, PRISM): T_i = iterations − drop · (i mod modulo)."""

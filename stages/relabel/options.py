@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from cluster.resources import Frozen
-from stages.recover.options import Crop, Precision
+from stages.recover.options import UNSAID_PRECISION, Crop, Precision
 
 
 class Mix(Frozen):
@@ -42,4 +42,4 @@ class RelabelOptions(Frozen):
     batch: int = Field(default=50, ge=1)
     crop: Crop = Crop(min_scale=0.25)
     flip: bool = True
-    precision: Precision = "tf32"
+    precision: Precision = UNSAID_PRECISION

@@ -88,6 +88,21 @@ def test_identity_ignores_place_and_machine_but_not_method():
     assert other.sha256() != base.sha256()
 
 
+@pytest.mark.parametrize(("section", "path"), [("relabel", ("relabel",)), ("evaluate", ("protocol",))])
+def test_what_was_made_before_there_was_a_choice_of_precision_stays_valid(section, path):
+    def known(**change):
+        fields = {"relabel": change} if section == "relabel" else {"evaluate": {"protocol": change}}
+        config = resolve({**minimal(), **fields})
+        value = config.identity() if section == "relabel" else config.evaluation()
+        for key in path:
+            value = value[key]
+        return value
+
+    assert "precision" not in known()
+    assert known(precision="tf32") == known()
+    assert known(precision="bf16")["precision"] == "bf16"
+
+
 @pytest.mark.parametrize(
     ("sections", "words"),
     [

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,14 +15,19 @@ from cluster.resources import ActorResources
 from cluster.worker import Worker
 from stages.data import DataSpec
 from stages.device import pick_device
+from stages.evaluate.core import StudentTraining
 from stages.evaluate.diversity import diversity_stage
+from stages.evaluate.options import Protocol
 from stages.evaluate.train import train_jobs
 from stages.evaluate.validate import count_correct
+from stages.imageset import ImageSet
 from stages.recover.options import RecoverOptions
 from stages.recover.stage import recover_stage
 from stages.relabel.options import RelabelOptions
 from stages.relabel.stage import TeacherStage, relabel_stages
+from stages.relabel.store import EpochLabels
 from stages.relabel.unit import LabelUnit
+from stages.relabel.views import draw_views
 from stages.squeeze.stage import run_jobs
 from stages.teachers.options import TeacherSpec
 
@@ -83,6 +89,58 @@ def test_what_is_computed_on_a_gpu_is_computed_the_same_way_every_time(monkeypat
     WORK[name](flags, str(tmp_path))
     assert flags.seen == [(True, False)]
     assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark) == (False, True)
+
+
+class Precise(torch.nn.Module):
+    """A linear student that notes in what it is asked to compute, and what it then gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.seen = torch.nn.Linear(3 * 8 * 8, 2), []
+
+    def forward(self, x):
+        out = self.linear(x.flatten(1))
+        self.seen.append((torch.backends.cudnn.allow_tf32, x.dtype, out.dtype))
+        return out
+
+
+def label_precisely(network: Precise, precision: str) -> None:
+    stage = TeacherStage.__new__(TeacherStage)
+    stage.options, stage.seed, stage.data = RelabelOptions(batch=4, precision=precision), 0, DATA
+    stage.device, stage.teacher = torch.device("cpu"), network
+    stage.images = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+    logits = stage.label(LabelUnit(epoch_start=0, epoch_stop=1, position_start=0, position_stop=4, num_images=4))
+    assert logits.dtype == np.float32
+
+
+def train_precisely(network: Precise, precision: str) -> None:
+    images = ImageSet(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]))
+    training = StudentTraining(network, images, Protocol(batch=4, precision=precision), DATA, 1, 0, Worker())
+    training.train_epoch(EpochLabels(draw_views(0, 0, 4, 8, RelabelOptions()), np.ones((4, 2), np.float16)))
+    assert {p.dtype for p in network.parameters()} == {p.grad.dtype for p in network.parameters()} == {torch.float32}
+
+
+PRECISE = {
+    "label": label_precisely,
+    "train": train_precisely,
+    "validate": lambda network, precision: count_correct(
+        network, torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), DATA, precision
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PRECISE)
+@pytest.mark.parametrize(
+    ("precision", "tf32", "dtype"),
+    [("fp32", False, torch.float32), ("tf32", True, torch.float32), ("bf16", False, torch.bfloat16)],
+)
+def test_precision_is_as_asked(monkeypatch, name, precision, tf32, dtype):
+    """Images are float32 in any case; the caller's own flags are back afterwards."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not tf32)
+    network = Precise()
+    PRECISE[name](network, precision)
+    assert network.seen == [(tf32, torch.float32, dtype)]
+    assert torch.backends.cudnn.allow_tf32 == (not tf32)
 
 
 @pytest.mark.parametrize(("gpus", "wanted"), [(None, "cuda"), (0.5, "cuda"), (0, "cpu")])

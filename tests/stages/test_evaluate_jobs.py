@@ -53,6 +53,20 @@ def test_hard_label_changes_the_loss_alone() -> None:
     assert jobs("random_real")[0].protocol == soft.protocol
 
 
+def test_a_student_from_before_there_was_a_choice_of_precision_is_the_same() -> None:
+    before = jobs()[0]
+    assert "precision" in before.model_dump()["protocol"]
+    others = [
+        before.model_copy(update={"protocol": before.protocol.model_copy(update={"precision": precision})})
+        for precision in ("fp32", "tf32", "bf16")
+    ]
+    fp32, tf32, bf16 = (job.content_sha for job in others)
+    assert before.content_sha == tf32
+    assert len({fp32, tf32, bf16}) == 3
+    # Recorded when there was none.
+    assert before.content_sha == "6e0d84b373cb8839c57ae506b4ff9a22274647773cc9922c0c774397cc4b5608"
+
+
 def test_content_hash_knows_what_matters() -> None:
     base = jobs()[0].content_sha
     assert jobs(images_uri="/moved/images", labels_uri="s3://moved/labels")[0].content_sha == base
