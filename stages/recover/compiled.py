@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -90,9 +91,19 @@ class CompiledTeacher:
     def _compile(self, x: Tensor) -> Code:
         # As a whole or not at all: what runs between two parts of a network would not be compiled, and which parts are
         # would depend on what the process did before.
-        compiled: Any = torch.compile(_pass, dynamic=False, fullgraph=True, options=self._options)
-        # Forward and backward.
-        code: Code = compiled.aot_compile(((self._network, x), {}))
+        from torch._dynamo.exc import PackageError
+
+        # torch counts recompilations by code object, and gives up after a few: each teacher has one of its own.
+        own = types.FunctionType(_pass.__code__.replace(), _pass.__globals__, _pass.__name__)
+        compiled: Any = torch.compile(own, dynamic=False, fullgraph=True, options=self._options)
+        try:
+            # Forward and backward.
+            code: Code = compiled.aot_compile(((self._network, x), {}))
+        except PackageError:
+            # It cannot be written to a file, for parts of it have no name: the same code, but traced by every process.
+            found = [out.float().sum() for out in compiled(self._network, x) if out is not None]
+            torch.autograd.grad(torch.stack(found).sum(), [x])
+            return compiled  # type: ignore[no-any-return]
         return code
 
 

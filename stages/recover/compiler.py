@@ -12,7 +12,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from cluster.errors import RunError
 from cluster.nodecache import node_cache
 
+Code = Callable[..., Any]
+"""A compiled function; what torch compiled ahead of time has ``save_compiled_function``."""
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 OWN = "prism-compiled-"
 # Changes when what is kept of compiled code does.
@@ -61,22 +63,6 @@ def prepare_compiler(device: torch.device) -> None:
         autograd_config.autograd_cache_allow_custom_autograd_functions = True
 
 
-class Code(Protocol):
-    """What torch compiles ahead of time, for arguments like those that it was given."""
-
-    def __call__(self, *arguments: Any) -> Any:
-        """As the function that was compiled."""
-        ...
-
-    def guard_check(self, *arguments: Any) -> bool:
-        """Whether it was compiled for arguments like these."""
-        ...
-
-    def save_compiled_function(self, path: str, *, external_data: dict[str, object]) -> None:
-        """Write what ``torch.compiler.load_compiled_function`` reads."""
-        ...
-
-
 def kept_code(known: Sequence[object], compile_it: Callable[[], Code], network: nn.Module, x: Tensor) -> Code:
     """Compile, with the help of what another process of this node compiled, or so that later ones are helped.
 
@@ -107,7 +93,7 @@ def kept_code(known: Sequence[object], compile_it: Callable[[], Code], network: 
             raise
         # Without it, other processes find the code all the same, after they traced the network again.
         with contextlib.suppress(Exception):
-            made[0].save_compiled_function(str(graph), external_data=external)
+            made[0].save_compiled_function(str(graph), external_data=external)  # type: ignore[attr-defined]
         # All of it: code that an earlier teacher had in common with this one was not made again.
         files = [file for file in folder.rglob("*") if file.is_file() and file.suffix != ".lock"]
         reserve(sum(file.stat().st_size for file in files))
@@ -130,8 +116,7 @@ def kept_code(known: Sequence[object], compile_it: Callable[[], Code], network: 
     with contextlib.suppress(Exception), graph.open("rb") as file:
         code: Any = torch.compiler.load_compiled_function(file, external_data=external)
         if code.guard_check(network, x):
-            found: Code = code
-            return found
+            return code  # type: ignore[no-any-return]
     return compile_it()
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,9 +22,11 @@ from cluster.errors import RunError, TransientError, UserError
 from stages.data import DataSpec
 from stages.recover.compiler import Code, kept_code, prepare_compiler
 from stages.recover.core import recover_unit
-from stages.recover.objective import BNTap, LocalObjective
+from stages.recover.objective import BNTap, LocalObjective, Measured
 from stages.recover.options import RecoverOptions
 from stages.recover.unit import RecoverUnit
+from stages.teachers.build import build_network
+from stages.teachers.options import TeacherSpec
 from stages.teachers.teacher import Teacher
 
 DATA = DataSpec(12, 3, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), tuple("abcde"))
@@ -136,6 +140,37 @@ def test_shares_the_weights_and_leaves_the_teacher_alone(
         teacher.network.head.bias -= 1  # type: ignore[union-attr, operator]
     assert before is not None
     torch.testing.assert_close(after, before + 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nameless", [False, True])
+def test_a_network_of_the_users_own_file(
+    batch: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, nameless: bool
+) -> None:
+    """Whether or not torch can write down what it is made of, for which its class needs a name."""
+    source = inspect.getsource(Small).replace("channels: int, seed: int", "num_classes=5, channels=4, seed=0")
+    body = textwrap.indent(f"{source}\nreturn Small()\n", "    ") if nameless else source
+    head = "def make(num_classes):\n" if nameless else "make = lambda num_classes: Small()\n"
+    (tmp_path / "mine.py").write_text(f"import torch\nfrom torch import Tensor, nn\n{head}{body}")
+    monkeypatch.setenv("PRISM_CACHE", str(tmp_path / "cache"))
+
+    def step(compiled: bool) -> Measured:
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        prepare_compiler(torch.device("cpu"))
+        torch.compiler.reset()
+        clear_caches()
+        counters.clear()
+        network = build_network(TeacherSpec(arch=f"user:{tmp_path}/mine.py:make"), 5, 3)
+        one = objective({"t": Teacher("t", network, DATA, num_outputs=5)}, compiled)
+        one.prepare(["t"], ["t"], batch[0][:1])
+        return one.step(*batch, ["t"], ["t"])
+
+    expected, found = step(compiled=False), step(compiled=True)
+    torch.testing.assert_close(found.gradient, expected.gradient, rtol=1e-4, atol=1e-7)
+    assert counters["stats"]
+    again = step(compiled=True)
+    assert torch.equal(again.gradient, found.gradient)
+    assert bool(counters["stats"]) == nameless, "traced again"
 
 
 @pytest.mark.slow

@@ -26,37 +26,52 @@ TIMM = (
     "rexnet_100", "selecsls42b", "dpn48b",
 )  # fmt: skip
 ARCHS = [f"builtin:{name}" for name in BUILTIN] + [f"timm:{name}" for name in TIMM]
-KINKED = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardswish, nn.Hardsigmoid, nn.MaxPool2d)
+# Of torch and of timm, by name.
+SMOOTH = {
+    **dict.fromkeys(("ReLU", "ReLU6", "LeakyReLU"), nn.Softplus),
+    **dict.fromkeys(("Hardswish", "HardSwish"), nn.SiLU),
+    **dict.fromkeys(("Hardsigmoid", "HardSigmoid"), nn.Sigmoid),
+}
 
 
-def network_of(arch: str) -> nn.Module:
-    """In float64, with statistics that are not those of a fresh network."""
-    network = build_network(TeacherSpec(arch=arch), 10, 3, seed=1).double().eval()
+def network_of(arch: str, smoothed: bool = False) -> nn.Module:
+    """In float64, with the statistics of some images, give or take a little.
+
+    Those of a fresh network, 0 and 1, would let activations grow from layer to layer, up to 1e70 in some.
+    """
+    network = build_network(TeacherSpec(arch=arch), 10, 3, seed=1).double()
+    if smoothed:
+        smooth(network)
     rng = torch.Generator().manual_seed(2)
-    for layer in network.modules():
-        if isinstance(layer, nn.BatchNorm2d):
+    layers = [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
+    for layer in layers:
+        layer.momentum = 1.0
+    with torch.no_grad():
+        network.train()(torch.randn(8, 3, *[size_of(arch)] * 2, generator=rng, dtype=torch.float64))
+    network.eval()
+    for layer in layers:
+        if layer.running_mean is not None:
             mean, var = layer.running_mean, layer.running_var
             assert mean is not None
             assert var is not None
-            mean += 0.1 * torch.randn(mean.shape, generator=rng, dtype=mean.dtype)
+            mean += 0.1 * var.sqrt() * torch.randn(mean.shape, generator=rng, dtype=mean.dtype)
             var *= 0.8 + 0.4 * torch.rand(var.shape, generator=rng, dtype=var.dtype)
     return network
 
 
-def smooth(network: nn.Module) -> nn.Module:
-    """The same with smooth activations.
+def smooth(network: nn.Module) -> None:
+    """Give it smooth activations.
 
     Where an activation lies at a kink, float32 and float64 take different sides of it, whatever the code: one sign of a
-    ReLU moves the whole gradient by up to 1e-3.
+    ReLU moves the whole gradient by up to 1e-3. In bfloat16 one sign in a few hundred is another at every layer.
     """
     for module in network.modules():
         for name, child in module.named_children():
             if isinstance(child, nn.MaxPool2d):
                 sizes = child.kernel_size, child.stride, child.padding, child.ceil_mode
                 setattr(module, name, nn.AvgPool2d(*sizes))
-            elif isinstance(child, KINKED):
-                setattr(module, name, nn.Softplus())
-    return network
+            elif type(child).__name__ in SMOOTH:
+                setattr(module, name, SMOOTH[type(child).__name__]())
 
 
 def batch(size: int) -> tuple[Tensor, Tensor]:
@@ -64,9 +79,13 @@ def batch(size: int) -> tuple[Tensor, Tensor]:
     return torch.randn(4, 3, size, size, generator=rng, dtype=torch.float64), torch.arange(4)
 
 
-def exact(network: nn.Module, size: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """Loss and gradient by the reference."""
+def exact(
+    network: nn.Module, size: int, dtype: torch.dtype = torch.float64, moved: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Loss and gradient by the reference; ``moved`` draws a change of the images in the digits that float32 has not."""
     x, y = batch(size)
+    if moved is not None:
+        x = x * (1 + 1e-7 * torch.randn(x.shape, generator=torch.Generator().manual_seed(moved), dtype=x.dtype))
     x = x.to(dtype).requires_grad_()
     loss = ReferenceStep({"t": copy.deepcopy(network).to(dtype)}, "t", ["t"], r_bn=0.1).loss(x, y)
     return loss.detach().double(), torch.autograd.grad(loss, [x])[0].double()
@@ -101,11 +120,11 @@ def test_float32_against_float64(arch: str) -> None:
     loss, gradient = exact(network, size)
     found = ours(network, size)
     assert found.loss.item() == pytest.approx(loss.item(), rel=1e-5)
-    # Kinks: no further from float64 than what the published way of a step is in float32, give or take its luck.
-    assert distance(found.gradient, gradient) <= max(
-        1e-4, 5 * distance(exact(network, size, torch.float32)[1], gradient)
-    )
-    network = smooth(network)
+    # Kinks: no further from float64 than the published way of a step in float32, or than float64 itself where images
+    # change in the last digit that float32 has, give or take the luck of which signs that turns.
+    others = [exact(network, size, torch.float32)[1], *(exact(network, size, moved=seed)[1] for seed in range(4))]
+    assert distance(found.gradient, gradient) <= max(1e-4, 5 * max(distance(other, gradient) for other in others))
+    network = network_of(arch, smoothed=True)
     loss, gradient = exact(network, size)
     found = ours(network, size)
     assert found.loss.item() == pytest.approx(loss.item(), rel=1e-5)
@@ -117,8 +136,8 @@ def test_float32_against_float64(arch: str) -> None:
     "arch", ["builtin:convnet_d3", *[pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHS[:1] + ARCHS[2:]]]
 )
 def test_bfloat16_points_the_same_way(arch: str) -> None:
-    """Statistics and losses are float32, and the gradient hardly turns."""
-    size, network = size_of(arch), network_of(arch)
+    """Statistics and losses are float32, and the gradient hardly turns, see ``smooth``."""
+    size, network = size_of(arch), network_of(arch, smoothed=True)
     full, half = ours(network, size), ours(network, size, precision="bf16")
     assert half.loss.dtype == half.gradient.dtype == torch.float32
     assert cosine(half.gradient, full.gradient) >= 0.98
