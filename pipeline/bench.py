@@ -204,9 +204,11 @@ def measure(config: Config, rounds: int, probing: bool) -> Speed:
 
 
 def _settings(sharing: Sharing, kind: str) -> list[str]:
-    """Fields with which a run does so; without a number of actors it has as many as there is room for."""
-    share = f"gpus={1 / sharing.workers:g}" if kind == "cuda" else f"threads={sharing.threads}"
-    return [f"resources.recover.{share}", "resources.recover.actors=null"]
+    """Fields with which a run does so, on CPUs on one such machine; without a number of actors it has one per share."""
+    share, actors = f"gpus={1 / sharing.workers:g}", "null"
+    if kind != "cuda":
+        share, actors = f"threads={sharing.threads}", str(sharing.workers)
+    return [f"resources.recover.{share}", f"resources.recover.actors={actors}"]
 
 
 def _data(config: Config, classes: int) -> DataSpec:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,11 +21,16 @@ from cluster.errors import TransientError, UserError, first_line
 from stages.recover.compiler import OFF, Code, kept_code
 from stages.recover.frozen import fold_batch_norm
 from stages.recover.speed import processor
+from stages.recover.traced import Untold, sources, traced_from
 from stages.teachers.build import memory_format
 
 if TYPE_CHECKING:
     from stages.teachers.teacher import Teacher
 
+log = logging.getLogger("prism")
+
+# What torch says where code that was compiled ahead of time is not for the arguments or the process's settings.
+GUARD = "GuardManager check failed"
 Distance = Callable[[nn.BatchNorm2d, Tensor], Tensor]
 Found = tuple[Tensor | None, Tensor | None]
 """Logits and distances."""
@@ -75,6 +81,14 @@ class CompiledTeacher:
         }
         self._code: dict[tuple[torch.Size, torch.dtype], Code] = {}
         self._known = [repr(self._network), teacher.space, len(layers), logits, *known, self._options]
+        try:
+            # Of the teacher around it, ``space`` above tells what counts.
+            self._known += traced_from(self._network.network.network)
+            self._known += sources([__name__, distance.__module__, type(teacher).__module__])
+            self._nameable = True
+        except Untold:
+            # Every process traces it.
+            self._nameable = False
 
     def __call__(self, x: Tensor) -> Found:
         """Logits and distances."""
@@ -83,28 +97,43 @@ class CompiledTeacher:
         key = x.shape, x.dtype
         with torch.enable_grad():
             if key not in self._code:
-                about = [processor(x.device), list(x.shape), str(x.dtype), torch.is_autocast_enabled(x.device.type)]
-                self._code[key] = kept_code([*self._known, *about], lambda: self._compile(x), self._network, x)
-            found: Found = self._code[key](self._network, x)
+                self._code[key] = self._prepare(x)
+            try:
+                found: Found = self._code[key](self._network, x)
+            except RuntimeError as error:
+                if GUARD not in str(error):
+                    raise
+                # The process is not in the state that the code was made for.
+                self._code[key] = self._prepare(x)
+                found = self._code[key](self._network, x)
         return found
+
+    def _prepare(self, x: Tensor) -> Code:
+        about = [processor(x.device), list(x.shape), str(x.dtype), torch.is_autocast_enabled(x.device.type)]
+        known = [*self._known, self._nameable, *about]
+        return kept_code(known, lambda: self._compile(x), self._network, x)
 
     def _compile(self, x: Tensor) -> Code:
         # As a whole or not at all: what runs between two parts of a network would not be compiled, and which parts are
         # would depend on what the process did before.
-        from torch._dynamo.exc import PackageError
+        from torch._dynamo.exc import PackageError, TorchDynamoException
 
         # torch counts recompilations by code object, and gives up after a few: each teacher has one of its own.
         own = types.FunctionType(_pass.__code__.replace(), _pass.__globals__, _pass.__name__)
         compiled: Any = torch.compile(own, dynamic=False, fullgraph=True, options=self._options)
-        try:
-            # Forward and backward.
-            code: Code = compiled.aot_compile(((self._network, x), {}))
-        except PackageError:
-            # It cannot be written to a file, for parts of it have no name: the same code, but traced by every process.
-            found = [out.float().sum() for out in compiled(self._network, x) if out is not None]
-            torch.autograd.grad(torch.stack(found).sum(), [x])
-            return compiled  # type: ignore[no-any-return]
-        return code
+        if self._nameable:
+            try:
+                # Forward and backward.
+                code: Code = compiled.aot_compile(((self._network, x), {}))
+                return code
+            except Exception as error:
+                if isinstance(error, TorchDynamoException) and not isinstance(error, PackageError):
+                    raise
+                # torch cannot write it to a file; what else may be wrong with it will show.
+                log.info("recover.compile: traced by every process: %s", first_line(error))
+        found = [out.float().sum() for out in compiled(self._network, x) if out is not None]
+        torch.autograd.grad(torch.stack(found).sum(), [x])
+        return compiled  # type: ignore[no-any-return]
 
 
 class _Tapped(nn.Module):

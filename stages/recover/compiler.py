@@ -5,7 +5,11 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gzip
+import importlib
+import inspect
+import logging
 import os
+import platform
 import shutil
 import tarfile
 import tempfile
@@ -17,8 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cluster.errors import RunError
+from cluster.errors import RunError, first_line
 from cluster.nodecache import node_cache
+
+log = logging.getLogger("prism")
 
 Code = Callable[..., Any]
 """A compiled function; what torch compiled ahead of time has ``save_compiled_function``."""
@@ -66,8 +72,7 @@ def prepare_compiler(device: torch.device) -> None:
 def kept_code(known: Sequence[object], compile_it: Callable[[], Code], network: nn.Module, x: Tensor) -> Code:
     """Compile, with the help of what another process of this node compiled, or so that later ones are helped.
 
-    One process at a time makes the code for what is ``known``, and the others wait for it. torch looks closer at what
-    it finds: code that was made for something else is not used.
+    One process at a time makes the code for what is ``known``, and the others wait for it.
 
     Args:
         known: plain values that the code depends on.
@@ -92,8 +97,11 @@ def kept_code(known: Sequence[object], compile_it: Callable[[], Code], network: 
             failed.append(error)
             raise
         # Without it, other processes find the code all the same, after they traced the network again.
-        with contextlib.suppress(Exception):
-            made[0].save_compiled_function(str(graph), external_data=external)  # type: ignore[attr-defined]
+        try:
+            if hasattr(made[0], "save_compiled_function"):
+                made[0].save_compiled_function(str(graph), external_data=external)
+        except Exception as error:
+            log.info("recover.compile: traced by every process: %s", first_line(error))
         # All of it: code that an earlier teacher had in common with this one was not made again.
         files = [file for file in folder.rglob("*") if file.is_file() and file.suffix != ".lock"]
         reserve(sum(file.stat().st_size for file in files))
@@ -101,7 +109,13 @@ def kept_code(known: Sequence[object], compile_it: Callable[[], Code], network: 
             for file in files:
                 archive.add(file, file.relative_to(folder))
 
-    machine = [torch.__version__, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
+    machine = [
+        torch.__version__,
+        platform.python_version(),
+        torch.version.cuda,
+        torch.backends.cpu.get_cpu_capability(),
+        torch.get_num_threads(),
+    ]
     graph.unlink(missing_ok=True)
     kept = node_cache().make(["compiled", FORM, *machine, *known], fill)
     if failed:
@@ -112,12 +126,22 @@ def kept_code(known: Sequence[object], compile_it: Callable[[], Code], network: 
         # Without it, everything is compiled here.
         with contextlib.suppress(OSError, tarfile.TarError, EOFError, zlib.error):
             _unpack(kept, folder)
-    # torch says that this form may change, and a network of the user's may not be there under the name it had.
-    with contextlib.suppress(Exception), graph.open("rb") as file:
-        code: Any = torch.compiler.load_compiled_function(file, external_data=external)
-        if code.guard_check(network, x):
-            return code  # type: ignore[no-any-return]
+    if graph.is_file():
+        try:
+            with graph.open("rb") as file:
+                code: Any = torch.compiler.load_compiled_function(file, external_data=external)
+            if _same_sources(code) and code.guard_check(network, x):
+                return code  # type: ignore[no-any-return]
+        except Exception as error:
+            # torch says that this form may change.
+            log.info("recover.compile: a kept trace was not usable: %s", first_line(error))
     return compile_it()
+
+
+def _same_sources(code: Any) -> bool:
+    """Whether all functions that were traced stand in files that are what they were."""
+    sources = {each.module: each.content for each in code.source_info().inlined_sources}
+    return all(inspect.getsource(importlib.import_module(name)) == content for name, content in sources.items())
 
 
 def _unpack(kept: Path, folder: Path) -> None:

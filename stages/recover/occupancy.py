@@ -20,7 +20,7 @@ from multiprocessing.process import BaseProcess
 
 import torch
 
-from cluster.errors import PrismError, RunError, first_line
+from cluster.errors import PrismError, RunError, UserError, first_line
 from cluster.resources import WORKER_BYTES
 from stages.data import DataSpec
 from stages.recover.options import RecoverOptions
@@ -88,6 +88,7 @@ def probe(
         None: they do not fit into the memory.
 
     Raises:
+        UserError: a teacher cannot be built or compiled.
         RunError: a worker failed for another reason.
     """
     if device.type == "cuda":
@@ -98,17 +99,22 @@ def probe(
     barrier = context.Barrier(sharing.workers)
     work = unit, dict(specs), data, options, str(device), sharing.threads, steps, turns
     workers: list[tuple[Connection, BaseProcess]] = []
-    for _ in range(sharing.workers):
-        here, there = context.Pipe(duplex=False)
-        process = context.Process(target=_work, args=(there, barrier, *work), daemon=True)
-        process.start()
-        # Of the worker alone, so that its end shows.
-        there.close()
-        workers.append((here, process))
+    patience = 0.0
     try:
-        return _total(workers)
+        for _ in range(sharing.workers):
+            here, there = context.Pipe(duplex=False)
+            process = context.Process(target=_work, args=(there, barrier, *work), daemon=True)
+            process.start()
+            # Of the worker alone, so that its end shows.
+            there.close()
+            workers.append((here, process))
+        total = _total(workers)
+        # All have answered, and tidy up.
+        patience = 0.0 if total is None else 10.0
+        return total
     finally:
         for _, worker in workers:
+            worker.join(patience)
             # Those that wait for one that will not come.
             worker.terminate()
             worker.join()
@@ -123,16 +129,20 @@ def _total(workers: list[tuple[Connection, BaseProcess]]) -> float | None:
         left = [worker for worker in left if worker not in answered]
         for connection, process in answered:
             try:
-                rate, reason, memory = connection.recv()
+                rate, error = connection.recv()
             except EOFError:
                 process.join()
-                rate, reason = None, f"it ended with exit code {process.exitcode}"
                 # So ends Linux what takes too much.
-                memory = process.exitcode == -signal.SIGKILL
-            if memory:
-                return None
+                if process.exitcode == -signal.SIGKILL:
+                    return None
+                error = RunError(f"it ended with exit code {process.exitcode}")
+                rate = None
+            if isinstance(error, UserError):
+                raise error
+            if error:
+                raise RunError(f"a worker of the probe failed ({error}); mend that, or leave --probe out")
             if rate is None:
-                raise RunError(f"a worker of the probe failed ({reason}); mend that, or leave --probe out")
+                return None
             total += rate
     return total
 
@@ -149,7 +159,7 @@ def _work(
     steps: int,
     turns: int,
 ) -> None:
-    """A worker. Answers with (its rate or None, why there is none, whether that is for want of memory)."""
+    """A worker. Answers with its rate, None for want of memory, and an error of the project's if there was another."""
     torch.set_num_threads(threads)
     try:
         step = TimedStep(unit, specs, data, options, torch.device(device))
@@ -158,8 +168,11 @@ def _work(
         start = time.perf_counter()
         for _ in range(turns):
             step.ours(steps).sum().item()
-        answer.send((len(unit.classes) * steps * turns / (time.perf_counter() - start), "", False))
+        answer.send((len(unit.classes) * steps * turns / (time.perf_counter() - start), None))
+    except PrismError as error:
+        answer.send((None, error))
     except Exception as error:
         text = str(error).lower()
         memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in text for words in NO_MEMORY)
-        answer.send((None, str(error) if isinstance(error, PrismError) else first_line(error), memory))
+        # Not the error itself, for not every one survives the way.
+        answer.send((None, None if memory else RunError(first_line(error))))

@@ -72,7 +72,7 @@ def test_probe(prism, config, monkeypatch):
     assert asked == [4]
     assert "1 x 4 threads  20 image-steps/s" in text
     assert "4 x 1 thread   does not fit into the memory" in text
-    assert "fastest with   resources.recover.threads=2 resources.recover.actors=null" in text
+    assert "fastest with   resources.recover.threads=2 resources.recover.actors=2" in text
     assert "8 x" not in text, "more workers need more memory"
     code, text, err = prism("bench", config, "--rounds", 1, "--probe", "--json")
     found = json.loads(text)

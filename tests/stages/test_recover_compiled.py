@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import linecache
 import os
+import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -171,6 +173,15 @@ def test_a_network_of_the_users_own_file(
     again = step(compiled=True)
     assert torch.equal(again.gradient, found.gradient)
     assert bool(counters["stats"]) == nameless, "traced again"
+    # The user edits the file: a new process, which finds what was compiled before, reads it anew.
+    text = (tmp_path / "mine.py").read_text()
+    (tmp_path / "mine.py").write_text(text.replace("silu", "softplus"))
+    for name in [name for name in sys.modules if name.startswith("prism_user_")]:
+        monkeypatch.delitem(sys.modules, name)
+    linecache.clearcache()
+    expected, found = step(compiled=False), step(compiled=True)
+    assert not torch.allclose(found.gradient, again.gradient, rtol=1e-2)
+    torch.testing.assert_close(found.gradient, expected.gradient, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.slow
@@ -247,7 +258,7 @@ def test_code_is_compiled_once_a_node(
 
     monkeypatch.setattr(CppBuilder, "build", watched)
 
-    def first_steps_of_a_process(names: list[str]) -> dict[str, Tensor]:
+    def first_steps_of_a_process(names: list[str], teachers: dict[str, Teacher] = teachers) -> dict[str, Tensor]:
         monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
         prepare_compiler(torch.device("cpu"))
         torch.compiler.reset()
@@ -272,6 +283,14 @@ def test_code_is_compiled_once_a_node(
         # Nothing is traced again either.
         assert not counters["stats"]
         assert all(torch.equal(again[name], gradients[name]) for name in names)
+    # Weights are the teacher's own.
+    other = {"t4": Teacher("t4", Small(4, seed=99), DATA, num_outputs=5)}
+    found = first_steps_of_a_process(["t4"], other)["t4"]
+    assert not built
+    assert not counters["stats"]
+    plain = objective(other, compiled=False)
+    plain.prepare(["t4"], ["t4"], batch[0][:1])
+    torch.testing.assert_close(found, plain.step(*batch, ["t4"], ["t4"]).gradient, rtol=1e-4, atol=1e-7)
     # Of the same size, so that the cache does not see it.
     for path in archives:
         path.chmod(0o600)
@@ -279,6 +298,27 @@ def test_code_is_compiled_once_a_node(
     again = first_steps_of_a_process(["t4"])
     assert built
     assert torch.equal(again["t4"], gradients["t4"])
+
+
+@pytest.mark.slow
+def test_a_process_in_another_state_is_compiled_for_anew(
+    teachers: dict[str, Teacher], batch: tuple[Tensor, Tensor]
+) -> None:
+    """Where torch would only say that a guard failed."""
+    one, plain = objective(teachers), objective(teachers, compiled=False)
+    for each in (one, plain):
+        each.prepare(["t4"], ["t4"], batch[0][:1])
+    expected = plain.step(*batch, ["t4"], ["t4"])
+    one.step(*batch, ["t4"], ["t4"])
+    traced = counters["stats"]["unique_graphs"]
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_tf32 = not matmul.allow_tf32
+    try:
+        found = one.step(*batch, ["t4"], ["t4"])
+    finally:
+        matmul.allow_tf32 = not matmul.allow_tf32
+    assert counters["stats"]["unique_graphs"] == traced + 1
+    torch.testing.assert_close(found.gradient, expected.gradient, rtol=1e-4, atol=1e-7)
 
 
 def test_other_settings_are_other_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
