@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cluster.rng import generator
 from stages.crops import draw_crops
+from stages.device import moved
 from stages.recover.options import RecoverOptions
 
 
@@ -88,6 +89,6 @@ def _source(
 
 def _weights(source: NDArray[np.float64], like: Tensor) -> Tensor:
     """Bilinear weights as matrices [k, 1, size, size]: sample at s reads pixel j with max(0, 1 − |s − j|)."""
-    at = torch.from_numpy(source).to(like.device, like.dtype, non_blocking=True)
+    at = moved(torch.from_numpy(source), like.device).to(like.dtype)
     pixel = torch.arange(source.shape[1], device=like.device, dtype=like.dtype)
     return (1 - (at[:, None, :, None] - pixel).abs()).clamp_min(0)
