@@ -86,7 +86,7 @@ class CompiledTeacher:
             self._known += traced_from(self._network.network.network)
             self._known += sources([__name__, distance.__module__, type(teacher).__module__])
             self._nameable = True
-        except Untold:
+        except (Untold, RecursionError):
             # Every process traces it.
             self._nameable = False
 
