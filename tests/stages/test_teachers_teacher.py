@@ -43,7 +43,8 @@ def weights(tmp_path):
                 layer.running_var.uniform_(0.5, 1.5)
         path = str(tmp_path / f"w{num_outputs}.safetensors")
         save_weights(path, network.state_dict())
-        return path, network.eval()
+        # In the layout of a teacher, which decides on the last bits.
+        return path, network.eval().to(memory_format=torch.channels_last)
 
     return make
 
