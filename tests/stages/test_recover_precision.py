@@ -26,8 +26,8 @@ TIMM = (
     "rexnet_100", "selecsls42b", "dpn48b",
 )  # fmt: skip
 ARCHS = [f"builtin:{name}" for name in BUILTIN] + [f"timm:{name}" for name in TIMM]
-# Cosine of the one whose gradient bfloat16 turns further, with random weights and four images of 96 px.
-TURNED = {"timm:efficientnet_b0": 0.96}
+# Cosines of those whose gradients bfloat16 turns further, with random weights and four images of 96 px.
+TURNED = {"timm:efficientnet_b0": 0.96, "timm:vovnet39a": 0.96}
 # Of torch and of timm, by name.
 SMOOTH = {
     **dict.fromkeys(("ReLU", "ReLU6", "LeakyReLU"), nn.SiLU),
