@@ -4,9 +4,9 @@
 
 Units of noise images, 32 px, against three small teachers, one torch thread each way. The bare loop only optimises;
 the stage besides keeps its record, encodes images and commits shards. Both take turns. Seconds a unit are those from
-the end of one unit to the end of the next, so that the actor is warm; of all turns together the median counts. A unit of
-the stage ends when its shard is written: the driver may hear of two at once. Start-up is the time from the call to the
-end of the first unit, less what a unit takes.
+the end of one unit to the end of the next, so that the actor is warm; of all turns together the median counts. A unit
+of the stage ends when its shard is written: the driver may hear of two at once. Start-up is the time from the call to
+the end of the first unit, less what a unit takes.
 """
 
 from __future__ import annotations
