@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import functools
 import hashlib
 import importlib
@@ -10,11 +12,13 @@ import types
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 # What every module has is its weights, its parts, or hooks, which are looked at by themselves.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _OWN_HOOKS = "_Tapped."
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device)
 
 
 class Untold(Exception):
@@ -25,7 +29,7 @@ def traced_from(network: nn.Module) -> list[str]:
     """Classes with the files that they come from, attributes that are no weights, and functions among these.
 
     Raises:
-        Untold: an attribute is a lambda, or an object that says no more of itself than its address; or there are hooks.
+        Untold: an attribute is a lambda, or an object of which nothing is known; or there are hooks.
     """
     out, files = [], set()
     for name, module in network.named_modules():
@@ -58,8 +62,8 @@ def _told(value: Any) -> str:
     if isinstance(value, types.FunctionType):
         if value.__name__ == "<lambda>":
             raise Untold
-        parts = [*(value.__defaults__ or ()), *(cell.cell_contents for cell in value.__closure__ or ())]
-        return f"{value.__module__}.{value.__qualname__}({', '.join(map(_told, parts))})"
+        bound = value.__defaults__, value.__kwdefaults__, [cell.cell_contents for cell in value.__closure__ or ()]
+        return f"{value.__module__}.{value.__qualname__}{_told(bound)}"
     if isinstance(value, type | types.BuiltinFunctionType):
         return f"{value.__module__}.{value.__qualname__}"
     if isinstance(value, functools.partial):
@@ -72,7 +76,9 @@ def _told(value: Any) -> str:
     if isinstance(value, nn.Module):
         # A part of the network that is not registered as one.
         return str(traced_from(value))
-    text = repr(value)
-    if " at 0x" in text:
+    if dataclasses.is_dataclass(value):
+        return f"{type(value).__name__}{_told(vars(value))}"
+    # Text of other objects may leave out what tells them apart.
+    if not isinstance(value, _PLAIN):
         raise Untold
-    return text
+    return repr(value)

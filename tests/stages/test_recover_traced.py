@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import types
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,24 @@ def own(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def leaky(x: torch.Tensor, *, slope: float = 0.1) -> torch.Tensor:
+    return F.leaky_relu(x, slope)
+
+
+def leakier() -> Any:
+    """The same by name, with another default."""
+    found = types.FunctionType(leaky.__code__, leaky.__globals__, leaky.__name__)
+    found.__kwdefaults__ = {"slope": 0.2}
+    return found
+
+
+class Quiet:
+    """Says nothing of what tells it from others."""
+
+    def __repr__(self) -> str:
+        return "Quiet()"
+
+
 def scaled(factor: float) -> Any:
     def scale(x: torch.Tensor) -> torch.Tensor:
         return x * factor
@@ -39,6 +58,7 @@ def scaled(factor: float) -> Any:
 def test_what_is_traced_differently_is_told_apart() -> None:
     networks = [
         Acting(F.relu), Acting(F.silu), Acting(own), Acting(torch.relu), Acting(scaled(1.0)), Acting(scaled(2.0)),
+        Acting(leaky), Acting(leakier()),
         Acting(functools.partial(F.leaky_relu, negative_slope=0.1)),
         Acting(functools.partial(F.leaky_relu, negative_slope=0.2)), Acting(nn.ReLU), Acting(nn.ReLU()),
         Acting(F.relu, flag=True), Acting(F.relu, flag=False), Acting(F.relu, sizes=[1]), Acting(F.relu, sizes=(1,)),
@@ -53,7 +73,7 @@ def test_weights_and_places_in_memory_do_not_count() -> None:
     assert first == second
 
 
-@pytest.mark.parametrize("value", [lambda x: x, threading.Lock(), object(), [object()], {"a": lambda x: x}])
+@pytest.mark.parametrize("value", [lambda x: x, threading.Lock(), object(), [object()], Quiet(), {"a": lambda x: x}])
 def test_what_cannot_be_told_is_said(value: Any) -> None:
     with pytest.raises(Untold):
         traced_from(Acting(value))
