@@ -1,6 +1,6 @@
 """How long a recovery actor takes from being asked for to its first step, with and without code compiled before.
 
-    python benchmarks/start_up.py 224 3 > benchmarks/results/start_up.json     # pool, warm starts
+    python benchmarks/start_up.py 224 3 > benchmarks/results/start_up.json     # case of recover_step.py, warm starts
 
 One unit of one step, in a stage of its own through Ray Data each time, so in a new process: Ray's start of it,
 imports, loading the teachers, compiling them or finding compiled code in the node's cache (a fresh one at first), the
@@ -19,6 +19,7 @@ import time
 from itertools import count
 
 import torch
+from recover_step import CASES
 
 from cluster import storage
 from cluster.resources import ActorResources, SessionOptions
@@ -33,30 +34,23 @@ from stages.teachers.build import build_network
 from stages.teachers.options import TeacherSpec
 from stages.teachers.weights import save_weights
 
-IMAGES = 32
-POOLS = {
-    "224": (224, ("timm:resnet18", "timm:mobilenetv2_100", "timm:efficientnet_b0")),
-    "32": (32, ("builtin:resnet10", "builtin:vgg_bn", "builtin:convnet_d3", "builtin:wrn16_2", "builtin:shufflenetv2")),
-    "smoke": (32, ("builtin:convnet_d3",)),
-}
-
 
 def main(pool: str, rounds: str = "3") -> None:
-    size, archs = POOLS[pool]
-    data = DataSpec(size, 3, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), tuple(f"c{i:02d}" for i in range(IMAGES)))
+    case = CASES[pool]
+    data = DataSpec(case.size, 3, (0.5,) * 3, (0.25,) * 3, tuple(f"c{i:03d}" for i in range(case.images)))
     cpu = torch.device("cpu")
     found: dict[str, list[float]] = {"eager": [], "cold": [], "warm": []}
     with tempfile.TemporaryDirectory() as root:
         # Of workers, which are told it by the session.
         os.environ["PRISM_CACHE"] = storage.join(root, "cache")
         specs = {}
-        for index, arch in enumerate(archs):
+        for index, arch in enumerate(case.archs):
             weights = storage.join(root, f"{index}.safetensors")
             specs[f"t{index}"] = spec = TeacherSpec(arch=arch, weights=weights)
-            save_weights(weights, build_network(spec, IMAGES, 3, seed=index).state_dict())
+            save_weights(weights, build_network(spec, case.images, 3, seed=index).state_dict())
         names = list(specs)
         unit = RecoverUnit(
-            ipc=0, chunk=0, classes=list(range(IMAGES)), logit_teachers=names[:1], bn_teachers=names, iterations=1,
+            ipc=0, chunk=0, classes=list(range(case.images)), logit_teachers=names[:1], bn_teachers=names, iterations=1,
             seed=0,
         )  # fmt: skip
         options = RecoverOptions(
@@ -84,9 +78,9 @@ def main(pool: str, rounds: str = "3") -> None:
                 start("eager")
                 start("warm")
     result = {
-        "pool": list(archs),
-        "size": size,
-        "images": IMAGES,
+        "pool": list(case.archs),
+        "size": case.size,
+        "images": case.images,
         "precision": options.precision,
         "seconds": {kind: round(statistics.median(values), 1) for kind, values in found.items()},
         "rounds": {kind: [round(value, 1) for value in values] for kind, values in found.items()},

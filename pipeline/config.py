@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from cluster.resources import ActorResources, Frozen, SessionOptions, TrainResources
 from pipeline.search.options import SearchOptions
 from stages.evaluate.options import EvaluateOptions
-from stages.recover.options import UNSAID_PRECISION, Placement, RecoverOptions
+from stages.recover.options import Placement, RecoverOptions, leave_out_unsaid
 from stages.relabel.options import RelabelOptions
 from stages.squeeze.options import SqueezeOptions
 from stages.teachers.arch import portable_arch
@@ -37,12 +37,6 @@ NOT_IDENTITY = [
     # Students carry their own content hash and the protocol's name.
     ("evaluate", "protocol"),
 ]
-
-
-def _leave_out_precision(section: dict[str, Any]) -> None:
-    """What was made before there was a choice stays valid."""
-    if section["precision"] == UNSAID_PRECISION:
-        del section["precision"]
 
 
 class DataConfig(Frozen):
@@ -194,7 +188,7 @@ class Config(Frozen):
             # Files may be moved or mounted elsewhere; what they are called stays part of what was asked for.
             spec["weights"] = spec["weights"] and spec["weights"].rpartition("/")[2]
             spec["arch"] = portable_arch(spec["arch"])
-        _leave_out_precision(value["relabel"])
+        leave_out_unsaid(value["relabel"])
         return value
 
     def evaluation(self) -> dict[str, Any]:
@@ -202,7 +196,7 @@ class Config(Frozen):
         value = self.evaluate.model_dump(mode="json")
         for network in value["students"].values():
             network["arch"] = portable_arch(network["arch"])
-        _leave_out_precision(value["protocol"])
+        leave_out_unsaid(value["protocol"])
         return value
 
     def sha256(self) -> str:

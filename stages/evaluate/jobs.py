@@ -9,7 +9,7 @@ from pydantic import Field
 
 from cluster.resources import Frozen
 from stages.evaluate.options import EvaluateOptions, Protocol, StudentName
-from stages.recover.options import UNSAID_PRECISION
+from stages.recover.options import leave_out_unsaid
 from stages.teachers.arch import code_sha256, portable_arch
 from stages.teachers.options import NetworkSpec
 
@@ -66,11 +66,10 @@ class StudentJob(Frozen):
         """Hash of what the result depends on: everything but the places of the run and of a user's code."""
         content = self.model_dump(mode="json", exclude={"images_uri", "labels_uri"})
         content["network"]["arch"] = portable_arch(self.network.arch)
-        # What it was before there were several draws, and a choice of precision, stays valid.
+        # What it was before there were several draws stays valid.
         if not self.draw:
             del content["draw"]
-        if self.protocol.precision == UNSAID_PRECISION:
-            del content["protocol"]["precision"]
+        leave_out_unsaid(content["protocol"])
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -17,6 +17,12 @@ Precision = Literal["fp32", "tf32", "bf16"]
 
 UNSAID_PRECISION: Precision = "tf32"
 """What torch does where nothing is said, as was done before there was a choice."""
+
+
+def leave_out_unsaid(section: dict[str, Any]) -> None:
+    """Take ``precision`` out of a section of plain values where nothing was said: what was made before stays valid."""
+    if section["precision"] == UNSAID_PRECISION:
+        del section["precision"]
 
 
 class Stagger(Frozen):
