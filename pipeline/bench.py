@@ -15,18 +15,14 @@ from pipeline.plan import REFERENCE_STEP_FLOPS, REFERENCE_STEP_S, make_plan, pas
 from pipeline.preflight import check_networks
 from stages.data import DataSpec
 from stages.device import pick_device
-from stages.recover.occupancy import Sharing, probe, sharings
+from stages.recover.occupancy import Sharing, compare, fastest, sharings
 from stages.recover.speed import Way, copy_rate, in_turns, matmul_rate, processor, thread_count, timed
-from stages.recover.timing import TimedStep
+from stages.recover.timing import TimedStep, steps_of_turn
 from stages.recover.unit import RecoverUnit
 
 # Of every BatchNorm input z = conv(a'), with a what becomes of it, in separate convolutions and one pass between two of
 # them: z is written, read, a written, read; backward ∂a written, read, z read, ∂z written, read.
 PASSES = 9
-TURN_S = 2.0
-MAX_STEPS = 200
-# Steps in which every set of teachers comes up about as often as it should.
-MANY = 40
 
 
 @dataclass(frozen=True)
@@ -143,11 +139,7 @@ def measure(config: Config, rounds: int, probing: bool) -> Speed:
     data = _data(config, classes)
     step = TimedStep(unit, config.teachers, data, config.recover, device)
     first = timed(lambda: step.ours(1))
-    # Where every step has a set of its own, a turn has many, and warms all of them up.
-    least = MANY if config.recover.selection in ("per_step", "round_robin") else 1
-    warm = timed(lambda: step.ours(least)) / least, timed(lambda: step.published(1))
-    ours, published = (max(1, min(MAX_STEPS, round(TURN_S / seconds))) for seconds in warm)
-    ours = least * max(1, round(ours / least))
+    ours, published = step.turn(), steps_of_turn(timed(lambda: step.published(1)))
     ways = {
         "ours": Way(lambda: step.ours(ours), step.warm),
         "published": Way(lambda: step.published(published), lambda: step.set_memory(False)),
@@ -172,13 +164,9 @@ def measure(config: Config, rounds: int, probing: bool) -> Speed:
     if probing:
         # Its memory is the workers' now.
         del step, ways
-        session = config.resources.session
-        for sharing in sharings(device, session.num_cpus or thread_count(device)):
-            tried[sharing] = probe(unit, config.teachers, data, config.recover, device, sharing, ours)
-            if tried[sharing] is None:
-                break
-    rates = {sharing: value for sharing, value in tried.items() if value is not None}
-    best = max(rates, key=lambda sharing: rates[sharing], default=None)
+        cpus = config.resources.session.num_cpus or thread_count(device)
+        tried = compare(unit, config.teachers, data, config.recover, device, sharings(device, cpus), ours)
+    best = fastest(tried)
     return Speed(
         device=processor(device),
         threads=thread_count(device),
@@ -195,20 +183,21 @@ def measure(config: Config, rounds: int, probing: bool) -> Speed:
         traffic=rate * PASSES * wide * elements,
         traffic_limit=limits[1],
         # A run that does as the fastest has as many workers.
-        recover_hours=planned.recover_hours * scale * (rate / rates[best] if best else 1),
+        recover_hours=planned.recover_hours * scale * (rate / (tried[best] or rate) if best else 1),
         relabel_hours=planned.relabel_hours * scale,
         together=[{**asdict(sharing), "image_steps": value} for sharing, value in tried.items()],
-        settings=_settings(best, device.type) if best else [],
+        settings=_settings(best, device.type, config) if best else [],
         versions=versions(),
     )
 
 
-def _settings(sharing: Sharing, kind: str) -> list[str]:
+def _settings(sharing: Sharing, kind: str, config: Config) -> list[str]:
     """Fields with which a run does so, on CPUs on one such machine; without a number of actors it has one per share."""
     share, actors = f"gpus={1 / sharing.workers:g}", "null"
     if kind != "cuda":
         share, actors = f"threads={sharing.threads}", str(sharing.workers)
-    return [f"resources.recover.{share}", f"resources.recover.actors={actors}"]
+    instead = ["resources.probe=false"] if config.resources.probe else []
+    return [f"resources.recover.{share}", f"resources.recover.actors={actors}", *instead]
 
 
 def _data(config: Config, classes: int) -> DataSpec:

@@ -87,15 +87,28 @@ class ResourcesConfig(Frozen):
             = each in an actor of its own, for pools that do not fit one device. Then ``recover`` describes the actor
             of one teacher, by default with a GPU of its own, and its ``actors`` the units at the same time, by
             default 1. The images of both agree up to the rounding of float sums.
+        probe: find out at each start of recovery, on the first GPU that comes, whether 1, 2 or 4 units at the same time
+            are fastest, and share all GPUs so. Takes minutes, and changes no result. Not with ``cpus``, ``gpus`` or
+            ``actors`` of ``recover``, which it decides; of no effect without GPUs, with ``--serial``, in a search, and
+            where there are fewer than two units, or too little memory for two workers, a GPU.
     """
 
     session: SessionOptions = SessionOptions()
     squeeze: TrainResources = TrainResources()
     placement: Placement = "colocated"
+    probe: bool = False
     recover: ActorResources = ActorResources()
     relabel: ActorResources = ActorResources()
     evaluate: TrainResources = TrainResources()
     validate_: ActorResources = Field(default=ActorResources(), alias="validate")
+
+    @model_validator(mode="after")
+    def _check(self) -> ResourcesConfig:
+        given = [name for name in ("cpus", "gpus", "actors") if getattr(self.recover, name) is not None]
+        against = [f"recover.{name}" for name in given] + ["placement"] * (self.placement != "colocated")
+        if self.probe and against:
+            raise ValueError(f"probe does not go with {' and '.join(against)}; leave one or the other out")
+        return self
 
 
 class Config(Frozen):

@@ -40,13 +40,14 @@ def check_fit(run: Run, names: Sequence[str]) -> None:
     if "squeeze" in names:
         settle(resources.squeeze, len(run.config.teachers), "resources.squeeze")
     if "recover" in names:
-        fit_pools(recover_stages(run, ""), len(run.units))
+        units = recover_stages(run, "", resources.recover)
+        fit_pools(units, len(run.units))
         if resources.placement == "per_teacher":
             count = len({*run.config.recover.logit_teachers, *run.config.recover.bn_teachers})
             own = teacher_resources(resources.recover, count)
             # Together, for units' actors hold what they have while they wait for those of their teachers.
-            both = [*recover_stages(run, ""), ActorStage("recover, actors of teachers", RecoverStage, resources=own)]
-            fit_pools(both, 10**6)
+            helpers = ActorStage("recover, actors of teachers", RecoverStage, resources=own)
+            fit_pools([*units, helpers], 10**6)
     if "relabel" in names:
         fit_pools(relabel_stages(run, DISTILLED, ""), len(run.label_units))
     if "evaluate" in names:

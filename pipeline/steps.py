@@ -10,9 +10,11 @@ from cluster import storage
 from cluster.errors import UserError
 from cluster.progress import console
 from cluster.record import read_record
+from cluster.resources import ActorResources
 from cluster.runner import ActorStage, Row
 from pipeline.context import DISTILLED, RANDOM_REAL, Run, baseline_title, methods, raise_failures
 from pipeline.plan import save_plan
+from pipeline.sharing import recover_resources
 from pipeline.summary import write_summary
 from pipeline.work import recover_work, relabel_work
 from stages.evaluate.baselines import random_real, random_real_set, random_real_uri
@@ -54,8 +56,8 @@ def warn_of_guessing(run: Run) -> None:
             )
 
 
-def recover_stages(run: Run, identity: str) -> list[ActorStage]:
-    """The stages of recover; ``identity`` is the images'."""
+def recover_stages(run: Run, identity: str, resources: ActorResources) -> list[ActorStage]:
+    """The stages of recover, of actors with these resources; ``identity`` is the images'."""
     config = run.config
     return [
         recovery.recover_stage(
@@ -65,7 +67,7 @@ def recover_stages(run: Run, identity: str) -> list[ActorStage]:
             run.ready.data,
             config.recover,
             identity,
-            config.resources.recover,
+            resources,
             config.resources.placement,
         )
     ]
@@ -76,8 +78,9 @@ def recover(run: Run) -> None:
     save_plan(run.out, run.units)
     work = recover_work(run)
     rows = recovery.recover_rows(work.pending())
+    stages = recover_stages(run, run.image_identity, recover_resources(run, rows))
     with work.ledger:
-        run.drive("recover", rows, recover_stages(run, run.image_identity), "units", len(work.units), work.keep)
+        run.drive("recover", rows, stages, "units", len(work.units), work.keep)
 
 
 def relabel_stages(run: Run, name: str, identity: str) -> list[ActorStage]:

@@ -110,7 +110,7 @@ class JobRun(Run):
         config = {
             **self.config.identity(),
             "evaluate": self.config.evaluation(),
-            "resources": self.config.resources.model_dump(mode="json", by_alias=True),
+            "resources": self.config.resources.model_dump(mode="json", by_alias=True, exclude={"probe"}),
         }
         code = [code_sha256(network.arch) for network in self.config.evaluate.students.values()]
         return content_key(config, code, self.image_identity, self.ready.val.fingerprint)

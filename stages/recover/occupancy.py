@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -30,6 +30,12 @@ from stages.teachers.options import TeacherSpec
 
 # Units on one GPU at the same time that are tried.
 GPU_WORKERS = (1, 2, 4)
+# Of a GPU's memory that workers who share it may fill: a probe lasts for minutes, a run for hours.
+HEADROOM = 0.9
+# What more workers have to gain, which take more memory, too.
+MARGIN = 0.05
+# For one of them to get ready, which may have to compile.
+PATIENCE_S = 1800.0
 # What the libraries say where memory is lacking, beside exceptions of their own for it.
 NO_MEMORY = ("out of memory", "allocate memory", "alloc_failed")
 
@@ -60,6 +66,31 @@ def sharings(device: torch.device, cpus: int) -> list[Sharing]:
     most = max(1, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // int(WORKER_BYTES))
     even = [cpus, *(2**power for power in reversed(range(cpus.bit_length())) if 2**power < cpus)]
     return [Sharing(cpus // threads, threads) for threads in even if not cpus % threads and cpus // threads <= most]
+
+
+def compare(
+    unit: RecoverUnit,
+    specs: Mapping[str, TeacherSpec],
+    data: DataSpec,
+    options: RecoverOptions,
+    device: torch.device,
+    among: Iterable[Sharing],
+    steps: int,
+) -> dict[Sharing, float | None]:
+    """Each one's rate, from few workers to many, up to the first that does not fit into the memory; see ``probe``."""
+    tried: dict[Sharing, float | None] = {}
+    for sharing in among:
+        tried[sharing] = probe(unit, specs, data, options, device, sharing, steps)
+        if tried[sharing] is None:
+            break
+    return tried
+
+
+def fastest(tried: Mapping[Sharing, float | None]) -> Sharing | None:
+    """The first that fits and is as fast as the best, give or take ``MARGIN``."""
+    rates = {sharing: rate for sharing, rate in tried.items() if rate is not None}
+    enough = max(rates.values(), default=0.0) / (1 + MARGIN)
+    return next((sharing for sharing, rate in rates.items() if rate >= enough), None)
 
 
 def probe(
@@ -140,7 +171,7 @@ def _total(workers: list[tuple[Connection, BaseProcess]]) -> float | None:
             if isinstance(error, UserError):
                 raise error
             if error:
-                raise RunError(f"a worker of the probe failed ({error}); mend that, or leave --probe out")
+                raise RunError(f"a worker of the probe failed ({error}); mend that, or leave the probe out")
             if rate is None:
                 return None
             total += rate
@@ -161,10 +192,13 @@ def _work(
 ) -> None:
     """A worker. Answers with its rate, None for want of memory, and an error of the project's if there was another."""
     torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
+        if device.startswith("cuda") and barrier.parties > 1:
+            torch.cuda.set_per_process_memory_fraction(HEADROOM / barrier.parties)
         step = TimedStep(unit, specs, data, options, torch.device(device))
         step.ours(steps).sum().item()
-        barrier.wait()
+        barrier.wait(PATIENCE_S)
         start = time.perf_counter()
         for _ in range(turns):
             step.ours(steps).sum().item()
@@ -176,3 +210,11 @@ def _work(
         memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in text for words in NO_MEMORY)
         # Not the error itself, for not every one survives the way.
         answer.send((None, None if memory else RunError(first_line(error))))
+
+
+def _end_with_parent() -> None:
+    """Workers must not keep a GPU when the process that asked was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

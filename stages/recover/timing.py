@@ -16,10 +16,21 @@ from stages.recover.objective import LocalObjective
 from stages.recover.options import RecoverOptions
 from stages.recover.reference import ReferenceStep
 from stages.recover.selection import step_teachers
+from stages.recover.speed import timed
 from stages.recover.unit import RecoverUnit
 from stages.teachers.build import build_network, memory_format
 from stages.teachers.options import TeacherSpec
 from stages.teachers.teacher import Teacher
+
+TURN_S = 2.0
+MAX_STEPS = 200
+# Steps in which every set of teachers comes up about as often as it should.
+MANY = 40
+
+
+def steps_of_turn(seconds: float, least: int = 1) -> int:
+    """Steps that take about ``TURN_S``, a multiple of ``least``; one of them takes ``seconds``."""
+    return least * max(1, round(min(MAX_STEPS, TURN_S / seconds) / least))
 
 
 class TimedStep:
@@ -78,6 +89,11 @@ class TimedStep:
         """Some steps as recovery makes them."""
         unit = self.unit.model_copy(update={"iterations": steps})
         return recover_unit(unit, self.x, self._objective, self.options, self.data, self.device).pixels
+
+    def turn(self) -> int:
+        """Steps of ours to be timed together; where every step has a set of its own, they are many, and now warm."""
+        least = MANY if self.options.selection in ("per_step", "round_robin") else 1
+        return steps_of_turn(timed(lambda: self.ours(least)) / least, least)
 
     def warm(self) -> None:
         """Have the memory of a worker that is at work."""

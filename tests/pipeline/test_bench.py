@@ -11,12 +11,13 @@ from pipeline import bench
 from pipeline.describe import check_networks
 from pipeline.loading import load_config
 from pipeline.plan import make_plan
+from stages.recover import occupancy, timing
 from stages.recover.occupancy import Sharing
 
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "TURN_S", 0.01)
+    monkeypatch.setattr(timing, "TURN_S", 0.01)
     where = tmp_path / "config.yaml"
     where.write_text(
         yaml.safe_dump(
@@ -66,7 +67,7 @@ def test_probe(prism, config, monkeypatch):
     rates = {Sharing(1, 4): 20.0, Sharing(2, 2): 30.0, Sharing(4, 1): None, Sharing(8, 1): 40.0}
     asked = []
     monkeypatch.setattr(bench, "sharings", lambda device, cpus: asked.append(cpus) or list(rates))
-    monkeypatch.setattr(bench, "probe", lambda *args: rates[args[5]])
+    monkeypatch.setattr(occupancy, "probe", lambda *args: rates[args[5]])
     code, text, err = prism("bench", config, "--rounds", 1, "--probe", "resources.session.num_cpus=4")
     assert code == 0, err
     assert asked == [4]
@@ -74,12 +75,12 @@ def test_probe(prism, config, monkeypatch):
     assert "4 x 1 thread   does not fit into the memory" in text
     assert "fastest with   resources.recover.threads=2 resources.recover.actors=2" in text
     assert "8 x" not in text, "more workers need more memory"
-    code, text, err = prism("bench", config, "--rounds", 1, "--probe", "--json")
+    code, text, err = prism("bench", config, "--rounds", 1, "--probe", "--json", "resources.probe=true")
     found = json.loads(text)
     assert found["together"][1] == {"workers": 2, "threads": 2, "image_steps": 30.0}
     # The plan is what two workers together need for it.
     assert found["recover_hours"] == pytest.approx(40 * 3 * 6 / 30 / 3600)
-    load_config(str(config), found["settings"])
+    load_config(str(config), ["resources.probe=true", *found["settings"]])
 
 
 def test_classes_must_be_known(prism, config):

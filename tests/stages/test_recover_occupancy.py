@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -107,3 +109,25 @@ def test_all_cpus_are_used_and_no_more_memory_than_there_is(monkeypatch: pytest.
     memory["SC_PHYS_PAGES"] = 10 * 2**18
     assert sharings(CPU, 8) == [Sharing(1, 8), Sharing(2, 4), Sharing(4, 2)]
     assert sharings(torch.device("cuda"), 8) == [Sharing(1, 1), Sharing(2, 1), Sharing(4, 1)]
+
+
+def test_workers_end_with_who_asked(tmp_path: Path) -> None:
+    """Killed, it cannot end them."""
+    code = f"""
+        open({str(tmp_path)!r} + "/" + str(os.getpid()), "w").close()
+        time.sleep(600)
+        return super().forward(x)
+    """
+    asking = multiprocessing.get_context("spawn").Process(target=rate, args=(mine(tmp_path, code), 2))
+    asking.start()
+    wait_until(lambda: len(list(tmp_path.glob("[0-9]*"))) == 2)
+    asking.kill()
+    asking.join()
+    wait_until(lambda: not any(Path("/proc", file.name).exists() for file in tmp_path.glob("[0-9]*")))
+
+
+def wait_until(done: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.05)
