@@ -148,8 +148,7 @@ def test_bfloat16_points_the_same_way(arch: str, monkeypatch: pytest.MonkeyPatch
     full, half = ours(network, size), ours(network, size, precision="bf16")
     assert half.loss.dtype == half.gradient.dtype == torch.float32
     assert cosine(half.gradient, full.gradient) >= TURNED.get(arch, 0.98)
-    # 15 % of efficientnetv2_rw_t's, of which the published step under autocast loses 12 %.
-    assert half.l_bn["t"].item() == pytest.approx(full.l_bn["t"].item(), rel=0.2)
+    assert half.l_bn["t"].item() == pytest.approx(full.l_bn["t"].item(), rel=0.15)
     # It is another precision, not another name.
     assert distance(half.gradient, full.gradient) > 1e-4
 
