@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import uuid
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
@@ -14,7 +15,7 @@ from cluster.resources import ActorResources
 from cluster.runner import ActorStage, Row
 from stages.data import DataSpec
 from stages.device import pick_device
-from stages.recover.occupancy import GPU_WORKERS, Sharing, compare, fastest
+from stages.recover.occupancy import compare, fastest, sharings
 from stages.recover.options import RecoverOptions
 from stages.recover.timing import TimedStep
 from stages.recover.unit import RecoverUnit
@@ -25,14 +26,14 @@ class ProbeStage:
     """Finds out how many units at the same time its worker's GPU recovers fastest.
 
     Args:
-        teachers: those in use; their weights are not read.
+        teachers: at least those that units name; no weights are read.
         data: image space.
         options: of recovery.
         most: no more workers than these.
     """
 
     def __init__(self, teachers: Mapping[str, TeacherSpec], data: DataSpec, options: RecoverOptions, most: int):
-        self.teachers, self.data, self.options, self.most = dict(teachers), data, options, most
+        self.teachers, self.data, self.options, self.most = teachers, data, options, most
 
     def __call__(self, row: Row) -> Row:
         """Measure with the row's unit.
@@ -46,8 +47,8 @@ class ProbeStage:
         """
         unit = RecoverUnit.model_validate_json(row["unit"])
         device = pick_device(True)
-        counts = worker_counts(device, self.most)
-        among = [Sharing(workers, torch.get_num_threads()) for workers in counts]
+        threads = torch.get_num_threads()
+        among = [replace(each, threads=threads) for each in sharings(device, 1) if each.workers <= self.most]
         tried = compare(unit, self.teachers, self.data, self.options, device, among, self._steps(unit, device))
         best = fastest(tried)
         return {
@@ -66,11 +67,6 @@ class ProbeStage:
         return step.turn()
 
 
-def worker_counts(device: torch.device, most: int) -> list[int]:
-    """Those to try; a GPU that torch does not see is none."""
-    return [workers for workers in GPU_WORKERS if workers <= most] if device.type == "cuda" else [1]
-
-
 def probe_stage(
     out: str,
     teachers: Mapping[str, TeacherSpec],
@@ -83,17 +79,16 @@ def probe_stage(
 
     Args:
         out: run directory; its ``progress/probe`` bounds how often the worker may be lost.
-        teachers: all of the run; only those that recovery uses count.
+        teachers: of the run.
         data: image space.
         options: of recovery.
         most: no more units at the same time than these.
         threads: of torch in recovery's actors.
     """
-    used = dict.fromkeys([*options.logit_teachers, *options.bn_teachers])
     return ActorStage(
         name="probe",
         factory=ProbeStage,
-        kwargs={"teachers": {name: teachers[name] for name in used}, "data": data, "options": options, "most": most},
+        kwargs={"teachers": dict(teachers), "data": data, "options": options, "most": most},
         resources=ActorResources(gpus=1, actors=1, threads=threads),
         attempts=Attempts(storage.join(out, "progress", "probe"), uuid.uuid4().hex, "leave resources.probe out"),
     )

@@ -19,7 +19,7 @@ from stages.data import DataSpec
 from stages.recover import probe_stage as module
 from stages.recover.occupancy import Sharing
 from stages.recover.options import RecoverOptions
-from stages.recover.probe_stage import ProbeStage, probe_stage, worker_counts
+from stages.recover.probe_stage import ProbeStage, probe_stage
 from stages.recover.stage import recover_rows
 from stages.recover.unit import RecoverUnit
 from stages.teachers.options import TeacherSpec
@@ -42,7 +42,7 @@ class OnCpus:
         from stages.recover import probe_stage, timing
 
         timing.TURN_S = 0.05
-        probe_stage.worker_counts = lambda device, most: [1, 2]
+        probe_stage.sharings = lambda device, cpus: [Sharing(1, 1), Sharing(2, 1)]
         self._stage = probe_stage.ProbeStage(**kwargs)
 
     def __call__(self, row: Row) -> Row:
@@ -63,16 +63,23 @@ def test_an_actor_measures_with_processes(tmp_path: Path, ray_local: None) -> No
     assert min(row["rates"]) > 0
 
 
-def test_it_has_a_gpu_and_the_teachers_that_recovery_uses(tmp_path: Path) -> None:
-    found = stage(tmp_path)
-    assert found.resources == ActorResources(threads=1, gpus=1, actors=1)
-    assert list(found.kwargs["teachers"]) == ["a"]
+def test_it_has_a_gpu(tmp_path: Path) -> None:
+    assert stage(tmp_path).resources == ActorResources(threads=1, gpus=1, actors=1)
 
 
-def test_how_many_are_tried() -> None:
-    gpu = torch.device("cuda")
-    assert [worker_counts(gpu, most) for most in (2, 3, 4, 100)] == [[1, 2], [1, 2], [1, 2, 4], [1, 2, 4]]
-    assert worker_counts(torch.device("cpu"), 4) == [1]
+@pytest.mark.parametrize(
+    ("gpu", "most", "counts"), [(True, 2, [1, 2]), (True, 3, [1, 2]), (True, 9, [1, 2, 4]), (False, 9, [1])]
+)
+def test_what_is_tried(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gpu: bool, most: int, counts: list[int]
+) -> None:
+    """With the threads of recovery's actors; a GPU that torch does not see is none."""
+    asked: list[Sharing] = []
+    monkeypatch.setattr(module, "pick_device", lambda wanted: torch.device("cuda" if gpu else "cpu"))
+    monkeypatch.setattr(ProbeStage, "_steps", lambda *args: 1)
+    monkeypatch.setattr(module, "compare", lambda *args: asked.extend(args[5]) or {Sharing(1, 1): 1.0})
+    ProbeStage(**{**stage(tmp_path).kwargs, "most": most})(recover_rows([UNIT])[0])
+    assert asked == [Sharing(count, torch.get_num_threads()) for count in counts]
 
 
 @pytest.mark.parametrize(
