@@ -183,10 +183,10 @@ def measure(config: Config, rounds: int, probing: bool) -> Speed:
         traffic=rate * PASSES * wide * elements,
         traffic_limit=limits[1],
         # A run that does as the fastest has as many workers.
-        recover_hours=planned.recover_hours * scale * (rate / (tried[best] or rate) if best else 1),
+        recover_hours=planned.recover_hours * scale * (rate / best[1] if best else 1),
         relabel_hours=planned.relabel_hours * scale,
         together=[{**asdict(sharing), "image_steps": value} for sharing, value in tried.items()],
-        settings=_settings(best, device.type, config) if best else [],
+        settings=_settings(best[0], device.type, config) if best else [],
         versions=versions(),
     )
 

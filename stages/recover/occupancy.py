@@ -86,11 +86,11 @@ def compare(
     return tried
 
 
-def fastest(tried: Mapping[Sharing, float | None]) -> Sharing | None:
-    """The first that fits and is as fast as the best, give or take ``MARGIN``."""
+def fastest(tried: Mapping[Sharing, float | None]) -> tuple[Sharing, float] | None:
+    """The first that fits and is as fast as the best, give or take ``MARGIN``, and its rate."""
     rates = {sharing: rate for sharing, rate in tried.items() if rate is not None}
     enough = max(rates.values(), default=0.0) / (1 + MARGIN)
-    return next((sharing for sharing, rate in rates.items() if rate >= enough), None)
+    return next(((sharing, rate) for sharing, rate in rates.items() if rate >= enough), None)
 
 
 def probe(

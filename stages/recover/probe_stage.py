@@ -55,7 +55,7 @@ class ProbeStage:
             "id": row["id"],
             "error": "",
             # Where not even one fits, the unit itself says so.
-            "workers": best.workers if best else 1,
+            "workers": best[0].workers if best else 1,
             "rates": [math.nan if rate is None else rate for rate in tried.values()],
         }
 

@@ -12,7 +12,9 @@ from cluster import storage
 from cluster.errors import RunError
 from cluster.resources import ActorResources
 from pipeline import sharing
+from pipeline.context import Run
 from pipeline.loading import load_config
+from pipeline.run import execute
 from pipeline.sharing import recover_resources
 from stages.recover.options import RecoverOptions
 
@@ -116,6 +118,17 @@ def test_what_does_not_go_together(prism, tiny_config):
 def test_it_is_no_part_of_what_a_run_is(tiny_config):
     one, other = (load_config(str(tiny_config(resources={"probe": probe}))) for probe in (False, True))
     assert one.sha256() == other.sha256()
+
+
+def test_recovery_has_what_was_found(tiny_config, monkeypatch):
+    config = load_config(str(tiny_config()))
+    execute(config, ["squeeze"], serial=True)
+    found: list[ActorResources] = []
+    shared = ActorResources(gpus=0.25, threads=1)
+    monkeypatch.setattr("pipeline.steps.recover_resources", lambda run, rows: shared if len(rows) == 2 else None)
+    monkeypatch.setattr(Run, "drive", lambda run, title, rows, stages, *args: found.append(stages[0].resources))
+    execute(config, ["recover"], serial=True)
+    assert found == [shared]
 
 
 @pytest.mark.ray

@@ -77,6 +77,9 @@ def test_nor_where_files_were_moved(root, job, tmp_path) -> None:
     measure(str(root), job(), "00000-0")
     moved = job(f"squeeze.cache={tmp_path / 'cache'}", "recover.checkpoint_every=7", "name=other")
     assert look_up(str(root), moved) is not None
+    # Nor by whether there was a probe when it was measured.
+    probed = moved.resources.model_copy(update={"probe": True})
+    assert look_up(str(root), moved.model_copy(update={"resources": probed})) is not None
     assert look_up(str(root), job("recover.lr=0.2")) is None
     assert look_up(str(root), job("evaluate.protocol.lr=0.2")) is None
     assert look_up(str(root), job(seeds=(1,))) is None
