@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from cluster import storage
 from cluster.errors import RunError
 from cluster.resources import ActorResources
 from pipeline import sharing
@@ -57,7 +56,7 @@ def test_a_share_for_each_of_those_that_are_fastest(tmp_path, capsys):
     assert recover_resources(run, rows(9)) == ActorResources(gpus=0.5, threads=3)
     assert run.asked == [4]
     assert "2 at the same time (1, 2, 4 make 10, 30, out of memory image-steps/s" in capsys.readouterr().out
-    assert not storage.list_files(str(tmp_path), ".json")
+    assert not list(tmp_path.rglob("*.json"))
 
 
 def test_no_more_than_there_are_units_and_memory_for(tmp_path, capacity):
