@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import wait_for
 
 from cluster.attempts import MAX_ATTEMPTS
 from cluster.progress import read_progress
@@ -140,15 +141,6 @@ def beside(action: Callable[[], None]) -> Iterator[None]:
     assert not thread.is_alive()
     if failed:
         raise failed[0]
-
-
-def wait_for(ready: Callable[[], Any], timeout: float = 120) -> Any:
-    """What ``ready`` gives, once it gives something."""
-    end = time.monotonic() + timeout
-    while not (found := ready()):
-        assert time.monotonic() < end, "not in time"
-        time.sleep(0.02)
-    return found
 
 
 def in_its_middle(out: Path, driver: Driver | None = None) -> tuple[int, str]:

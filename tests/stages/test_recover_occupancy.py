@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from waiting import wait_for
 
 from cluster.errors import RunError, UserError
 from stages.data import DataSpec
@@ -120,14 +119,7 @@ def test_workers_end_with_who_asked(tmp_path: Path) -> None:
     """
     asking = multiprocessing.get_context("spawn").Process(target=rate, args=(mine(tmp_path, code), 2))
     asking.start()
-    wait_until(lambda: len(list(tmp_path.glob("[0-9]*"))) == 2)
+    wait_for(lambda: len(list(tmp_path.glob("[0-9]*"))) == 2)
     asking.kill()
     asking.join()
-    wait_until(lambda: not any(Path("/proc", file.name).exists() for file in tmp_path.glob("[0-9]*")))
-
-
-def wait_until(done: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not done():
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    wait_for(lambda: not any(Path("/proc", file.name).exists() for file in tmp_path.glob("[0-9]*")))
